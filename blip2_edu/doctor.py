@@ -1,0 +1,116 @@
+"""What is installed, what is damaged, and what will run here: `python -m blip2_edu doctor`."""
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from packaging.requirements import Requirement
+
+from blip2_edu.weights import EMBEDDED, INSTALL, WeightsError, checkpoint_folder, embedded_file
+
+NEEDS = {
+    "caption": {"efficientnet-lite0", "smollm2-135m", "mini"},
+    "ask": {"efficientnet-lite0", "smollm2-135m", "mini"},
+    "match": {"efficientnet-lite0", "mini"},
+    "train stage1": {"efficientnet-lite0", "minilm-l6"},
+    "train stage2": {"efficientnet-lite0", "minilm-l6", "smollm2-135m"},
+    "all lessons": {"efficientnet-lite0", "minilm-l6", "smollm2-135m", "mini"},
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    value: str
+    ok: bool = True
+
+
+def report() -> list[Check]:
+    """Look at everything once; a fault becomes a check that is not ok, never an exception."""
+    libraries = _libraries()
+    weights = [_embedded(name) for name in EMBEDDED]
+    if not _all_ok(libraries):
+        return libraries + weights  # looking at the rest needs the libraries
+    weights.append(_mini())
+    present = {check.name for check in weights if check.ok}
+    runs = ", ".join(use for use, needs in NEEDS.items() if needs <= present)
+    return [*libraries, *_hardware(), *weights, Check("Runs here", runs or "nothing yet")]
+
+
+def run() -> int:
+    """Print the report; return 1 if something is missing or damaged, else 0."""
+    checks = report()
+    for check in checks:
+        print(f"{'ok' if check.ok else 'PROBLEM':<9}{check.name:<20}{check.value}")
+    return 0 if _all_ok(checks) else 1
+
+
+def _all_ok(checks: list[Check]) -> bool:
+    return all(check.ok for check in checks)
+
+
+def _libraries() -> list[Check]:
+    """The course itself, and one check for each library that is missing or does not fit."""
+    try:
+        course = Check("blip2_edu", version("blip2-edu"))
+    except PackageNotFoundError:
+        command = "python -m pip install --no-deps -e ."
+        return [
+            Check("blip2_edu", f"Not installed: run `{command}` in the course's folder.", False)
+        ]
+    wanted = [Requirement(line) for line in requires("blip2-edu")]
+    checks = [
+        _library(one) for one in wanted if not one.marker or one.marker.evaluate({"extra": "lab"})
+    ]
+    return [course, *(check for check in checks if not check.ok)]
+
+
+def _library(wanted: Requirement) -> Check:
+    try:
+        found = version(wanted.name)
+    except PackageNotFoundError:
+        found = "none"
+    if found != "none" and wanted.specifier.contains(found, prereleases=True):
+        return Check(wanted.name, found)
+    need = f"Version {wanted.specifier} is needed and {found} is installed"
+    command = "python -m pip install -r requirements.txt"
+    return Check(wanted.name, f"{need}: run `{command}` in the course's folder.", False)
+
+
+def _hardware() -> list[Check]:
+    from blip2_edu.hardware import hardware_table  # needs torch, which may be missing
+
+    return [Check(name, value) for name, value in hardware_table()]
+
+
+def _embedded(name: str) -> Check:
+    try:
+        file = embedded_file(name)
+    except WeightsError as error:
+        return Check(name, str(error), False)
+    if name == "efficientnet-lite0" and not importlib.util.find_spec("efficientnet_lite_pytorch"):
+        return Check(name, f"The code of this network is not installed: run `{INSTALL}`.", False)
+    return Check(name, f"intact, {file.stat().st_size / 1e6:.0f} MB")
+
+
+def _mini() -> Check:
+    from safetensors import SafetensorError, safe_open  # may be missing, too
+
+    try:
+        folder = checkpoint_folder("mini")
+        json.loads((folder / "config.json").read_text())
+        files = list(folder.glob("*.safetensors"))
+        if not files:
+            raise OSError("no *.safetensors in it")
+        for file in files:
+            safe_open(file, "numpy").keys()  # refuses a file that was cut short
+    except WeightsError as error:
+        return Check("mini", str(error), False)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).split("\n")[0]
+        restore = "git checkout -- data/checkpoints/mini"
+        return Check("mini", f"Damaged ({reason}): run `{restore}` in the course's folder.", False)
+    return Check("mini", f"present, {sum(file.stat().st_size for file in files) / 1e6:.0f} MB")

@@ -1,0 +1,182 @@
+"""Captioned images from any `datasets` source, and the frozen encoder's features of them.
+
+The encoder never changes, so what it says of an image is computed once and kept on disk in a
+memory-mapped array. A cache is a derived thing: whenever it does not fit it is made again.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from blip2_edu.images import open_image
+from blip2_edu.vision import ImageEncoder
+
+VIEWS = ("original", "flipped")
+CACHE_FOLDER = Path("data/cache")
+
+
+class DataError(ValueError):
+    """The data cannot be used as asked; the message is one sentence for the user."""
+
+
+@dataclass
+class Examples:
+    """Images with what people said of them. Images are decoded only when asked for."""
+
+    images: Sequence  # of {"bytes", "path"}, as `datasets` stores them undecoded
+    captions: list[list[str]]  # several an image; empty lists when there are none
+    questions: list[list[dict]]  # question, answer, answers, answer_type; empty when there are none
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def image(self, index: int) -> Image.Image:
+        """Decode image `index` to RGB; raises ImageError if it cannot be."""
+        stored = self.images[index]
+        return open_image(stored["bytes"] if stored["bytes"] is not None else stored["path"])
+
+
+def load_examples(source: str | Path, split: str = "train", limit: int | None = None) -> Examples:
+    """Read images with captions, questions or both.
+
+    source  a parquet file, a folder of images with metadata (`imagefolder`), or a hub id
+    split   which part of a hub data set or a folder
+    limit   stop after so many examples; a hub data set is then streamed, not downloaded
+
+    Captions may be a list or a string in `captions`, `caption` or `text`, or stand in columns
+    `caption_0`, `caption_1`, ... Raises DataError.
+    """
+    from datasets import Features, load_dataset
+    from datasets import Image as ImageFeature
+
+    path = Path(source)
+    try:
+        if path.is_file():
+            table = load_dataset("parquet", data_files={split: str(path)}, split=split)
+        elif path.is_dir():
+            table = load_dataset("imagefolder", data_dir=str(path), split=split)
+        else:
+            table = load_dataset(str(source), split=split, streaming=limit is not None)
+    except Exception as error:  # `datasets` passes on whatever its many readers raise
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(f"{source} cannot be read as a data set: {reason}") from error
+    if limit is not None:
+        table = table.take(limit) if hasattr(table, "take") else table
+    features = table.features or Features()
+    image_column = next((c for c in features if isinstance(features[c], ImageFeature)), None)
+    if image_column is None:
+        raise DataError(f"{source} has no image column; its columns are {', '.join(features)}.")
+    table = table.cast_column(image_column, ImageFeature(decode=False))
+    columns = _caption_columns(list(features))
+    if not columns and "questions" not in features:
+        raise DataError(
+            f"{source} has neither captions nor questions; its columns are {', '.join(features)}."
+        )
+    images, captions, questions = [], [], []
+    for row in table:
+        images.append(row[image_column])
+        captions.append([text for column in columns for text in _as_list(row[column])])
+        questions.append(row.get("questions") or [])
+    return Examples(images, captions, questions)
+
+
+def _caption_columns(columns: list[str]) -> list[str]:
+    numbered = [c for c in columns if c.startswith("caption_") and c[8:].isdigit()]
+    named = [c for c in ("captions", "caption", "text") if c in columns]
+    return named[:1] or sorted(numbered, key=lambda c: int(c[8:]))
+
+
+def _as_list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+@dataclass
+class FeatureCache:
+    """Features of every image in several views, each view an array (images, N, W) on disk.
+
+    Float16: its rounding is far below what the encoder's features mean.
+    """
+
+    views: list[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.views[0])
+
+    def rows(self, images: Sequence[int], views: Sequence[int] | None = None) -> Tensor:
+        """Features (B, N, W), float32, of these images, each in its view (0, the first, if None)."""
+        chosen = views if views is not None else [0] * len(images)
+        rows = [self.views[view][image] for view, image in zip(chosen, images, strict=True)]
+        return torch.from_numpy(np.stack(rows)).float()
+
+
+def open_features(
+    examples: Examples,
+    encoder: ImageEncoder,
+    views: tuple[str, ...] = VIEWS[:1],
+    folder: str | Path = CACHE_FOLDER,
+    batch_size: int = 32,
+) -> FeatureCache:
+    """Open the features that this encoder has of these images, computing those not there yet.
+
+    The folder is named by a hash of the encoder's weights and of every image, so a cache made of
+    something else is never found. Each row has a checksum, written after it: rows that a killed run
+    left unfinished, or that were damaged since, are computed again.
+    """
+    place = Path(folder) / _cache_key(examples, encoder)
+    shape = (len(examples), encoder.num_features, encoder.width)
+    return FeatureCache(
+        [_open_view(place / view, shape, examples, encoder, view, batch_size) for view in views]
+    )
+
+
+def _cache_key(examples: Examples, encoder: ImageEncoder) -> str:
+    digest = hashlib.sha256(encoder.fingerprint().encode())
+    for stored in examples.images:
+        data = stored["bytes"]
+        digest.update(hashlib.sha256(data or Path(stored["path"]).read_bytes()).digest())
+    return digest.hexdigest()[:32]
+
+
+def _open_view(
+    place: Path,
+    shape: tuple[int, int, int],
+    examples: Examples,
+    encoder: ImageEncoder,
+    view: str,
+    batch_size: int,
+) -> np.ndarray:
+    place.mkdir(parents=True, exist_ok=True)
+    features = _open_array(place / "features.npy", shape, np.float16)
+    checksums = _open_array(place / "checksums.npy", shape[:1], np.uint32)
+    missing = [i for i in range(shape[0]) if checksums[i] != zlib.crc32(features[i])]
+    batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
+    for batch in tqdm(batches, desc=f"Image features, {view}", unit="batch", disable=not batches):
+        images = [examples.image(i) for i in batch]
+        if view == "flipped":
+            images = [ImageOps.mirror(image) for image in images]
+        pixels = encoder.preprocess(images).to(encoder.device)
+        features[batch] = encoder(pixels).cpu().numpy()
+        for i in batch:
+            checksums[i] = zlib.crc32(features[i])
+    features.flush()
+    checksums.flush()
+    return features
+
+
+def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """Map the array at `path` for writing; one of another shape, or none, becomes an empty one."""
+    try:
+        array = np.lib.format.open_memmap(path, mode="r+")
+        if array.shape == shape and array.dtype == dtype:
+            return array
+    except (OSError, ValueError):  # not there, or not an array
+        pass
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)

@@ -1,0 +1,94 @@
+"""The three losses of stage 1 (paper, section 3.1): ITC, ITM, ITG. Plain functions on tensors.
+
+Axis letters: `B` pairs in the batch, `A` pairs on all processes together, `Q` queries, `P` width of
+the shared space.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+def gather(x: Tensor) -> Tensor:
+    """(B, ...) on every process -> (A, ...) on all of them, in the order of ranks.
+
+    Gradients flow back to the process that each row came from.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    if not x.is_floating_point():
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+    return torch.cat(dist.nn.functional.all_gather(x.contiguous()))
+
+
+def itc_similarity(image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
+    """How well each image fits each text: the best of the queries decides.
+
+    image_embeddings (I, Q, P) and text_embeddings (T, P), both of unit length. Returns (I, T), each
+    the maximum over queries of the dot product.
+    """
+    return torch.einsum("iqp,tp->itq", image_embeddings, text_embeddings).amax(dim=-1)
+
+
+def itc_loss(
+    image_embeddings: Tensor,
+    text_embeddings: Tensor,
+    temperature: Tensor | float,
+    image_ids: Tensor | None = None,
+    label_smoothing: float = 0.1,
+) -> Tensor:
+    """Image-text contrastive loss, a scalar: pick each image's text, and each text's image.
+
+    image_embeddings (B, Q, P) and text_embeddings (B, P) of unit length, row i of one belonging to
+    row i of the other. image_ids (B,) says which rows show the same image: their captions share
+    the target instead of being one another's negatives. Under torch.distributed every process
+    compares its own rows with the gathered rows of all. An untrained model scores ln A.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    batch = len(text_embeddings)
+    if image_ids is None:
+        image_ids = torch.arange(batch, device=text_embeddings.device) + rank * batch
+    image_to_text = itc_similarity(image_embeddings, gather(text_embeddings))  # (B, A)
+    text_to_image = itc_similarity(gather(image_embeddings), text_embeddings).T  # (B, A)
+    positives = (image_ids[:, None] == gather(image_ids)[None, :]).to(image_to_text.dtype)
+    targets = positives / positives.sum(dim=1, keepdim=True)
+    return (
+        cross_entropy(image_to_text / temperature, targets, label_smoothing=label_smoothing)
+        + cross_entropy(text_to_image / temperature, targets, label_smoothing=label_smoothing)
+    ) / 2
+
+
+def sample_hard_negatives(similarity: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    """For each row, draw a wrong column, the more similar the likelier (paper, section 3.1).
+
+    similarity (B, B) in units of the softmax (already divided by the temperature), same (B, B) true
+    where row and column belong together. Returns (rows, columns), both (R,) with R <= B: a row
+    that has no wrong column, as in a batch of one, is left out.
+    """
+    chances = similarity.float().masked_fill(same, float("-inf"))
+    rows = (~same).any(dim=1).nonzero()[:, 0]
+    if len(rows) == 0:
+        return rows, rows
+    return rows, torch.multinomial(chances[rows].softmax(dim=1), 1)[:, 0]
+
+
+def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Image-text matching: does this pair belong together? logits (P, 2), labels (P,) 0 or 1.
+
+    With one positive to two negatives, knowing nothing but that costs 0.6365.
+    """
+    return cross_entropy(logits, labels)
+
+
+def itg_loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.1) -> Tensor:
+    """Image-grounded text generation: logits (..., V) of the token that follows, labels (...).
+
+    Labels of -100 do not count.
+    """
+    return cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), ignore_index=-100, label_smoothing=label_smoothing
+    )

@@ -1,0 +1,170 @@
+"""The stage-1 model (paper, section 3.1): a Q-Former and the heads that its three losses need.
+
+Axis letters as in `qformer`: `B` pairs, `Q` queries, `T` text tokens, `N` patches, `W` width of an
+image feature, `D` width of the Q-Former, `P` width of the shared space.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from blip2_edu.attention import KeysValues
+from blip2_edu.objectives import (
+    itc_loss,
+    itc_similarity,
+    itg_loss,
+    itm_loss,
+    sample_hard_negatives,
+)
+from blip2_edu.qformer import QFormer, QFormerConfig, initialise
+
+OBJECTIVES = ("itc", "itm", "itg")
+
+
+@dataclass
+class Stage1Config:
+    """The Q-Former and the width of the space that images and texts share.
+
+    `image_norm_eps` is the epsilon of the layer norm on the frozen features: 1e-5 in LAVIS.
+    """
+
+    qformer: QFormerConfig
+    projection_width: int = 256
+    image_norm_eps: float = 1e-5
+
+
+class TextHead(nn.Module):
+    """BERT's head: from a text position to a score for every word, tied to the word embeddings."""
+
+    def __init__(self, width: int, vocab_size: int):
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.activation = nn.GELU()
+        self.norm = nn.LayerNorm(width, eps=1e-12)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, x: Tensor, word_embeddings: Tensor) -> Tensor:
+        """x (..., D), word_embeddings (V, D) -> logits (..., V)."""
+        x = self.norm(self.activation(self.dense(x)))
+        return nn.functional.linear(x, word_embeddings, self.bias)
+
+
+class Blip2Stage1(nn.Module):
+    """Learns, from frozen image features and captions, what of an image a text would say.
+
+    The frozen encoder is not in here: features come in, so that they can be computed once.
+    """
+
+    def __init__(self, config: Stage1Config):
+        super().__init__()
+        self.config = config
+        sizes = config.qformer
+        self.image_norm = nn.LayerNorm(sizes.image_width, eps=config.image_norm_eps)
+        self.qformer = QFormer(sizes)
+        self.image_projection = nn.Linear(sizes.width, config.projection_width)
+        self.text_projection = nn.Linear(sizes.width, config.projection_width)
+        self.itm_head = nn.Linear(sizes.width, 2)
+        self.itg_head = TextHead(sizes.width, sizes.vocab_size)
+        self.temperature = nn.Parameter(torch.tensor(0.07))
+        for head in (self.image_projection, self.text_projection, self.itm_head, self.itg_head):
+            head.apply(initialise)
+
+    def project_image(self, image_features: Tensor) -> list[KeysValues | None]:
+        """Frozen features (B, N, W) -> the cross-attention keys and values that all passes share."""
+        return self.qformer.project_image(self.image_norm(image_features))
+
+    def embed_image(self, image_features: Tensor) -> Tensor:
+        """Frozen features (B, N, W) -> one unit vector a query, (B, Q, P)."""
+        return self.embed_queries(self.qformer(self.project_image(image_features)).queries)
+
+    def embed_queries(self, queries: Tensor) -> Tensor:
+        """Query outputs (B, Q, D) -> unit vectors (B, Q, P)."""
+        return normalize(self.image_projection(queries), dim=-1)
+
+    def embed_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Tokens (B, T), the first being [CLS] -> unit vectors (B, P)."""
+        text = self.qformer(text_ids=text_ids, text_mask=text_mask).text
+        return normalize(self.text_projection(text[:, 0]), dim=-1)
+
+    def match(self, image: list[KeysValues | None], text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Projected images and texts, pair by pair -> (B, 2) logits: does not match, matches."""
+        queries = self.qformer(image, text_ids, text_mask).queries
+        return self.itm_head(queries).mean(dim=1)  # averaged over the queries
+
+    def generate_logits(self, text: Tensor) -> Tensor:
+        """Text outputs (..., D) -> logits of the next token (..., V)."""
+        return self.itg_head(text, self.qformer.word_embeddings.weight)
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_ids: Tensor,
+        text_mask: Tensor,
+        image_ids: Tensor | None = None,
+        objectives: Collection[str] = OBJECTIVES,
+        itm_pairs: int | None = None,
+    ) -> dict[str, Tensor]:
+        """The losses of one batch of pairs, by name; train on their sum.
+
+        image_features (B, N, W); text_ids and text_mask (B, T), [CLS] first; image_ids (B,) as in
+        `itc_loss`. itm_pairs limits ITM, by far the dearest of the three, to that many
+        of the B pairs and as many hard negatives of either kind.
+        """
+        image = self.project_image(image_features)
+        seen = self.qformer(image)
+        losses = {}
+
+        image_embeddings = self.embed_queries(seen.queries)  # (B, Q, P)
+        text_embeddings = self.embed_text(text_ids, text_mask)  # (B, P)
+        if "itc" in objectives:
+            losses["itc"] = itc_loss(image_embeddings, text_embeddings, self.temperature, image_ids)
+        if "itm" in objectives:
+            with torch.no_grad():
+                similarity = itc_similarity(image_embeddings, text_embeddings) / self.temperature
+            losses["itm"] = self._matching_loss(
+                image, text_ids, text_mask, similarity, image_ids, itm_pairs
+            )
+        if "itg" in objectives:
+            losses["itg"] = self._generation_loss(seen.cache, text_ids, text_mask)
+        return losses
+
+    def _matching_loss(
+        self,
+        image: list[KeysValues | None],
+        text_ids: Tensor,
+        text_mask: Tensor,
+        similarity: Tensor,
+        image_ids: Tensor | None,
+        pairs: int | None,
+    ) -> Tensor:
+        """ITM on positives, each text with a hard negative image, each image with a hard text."""
+        positive = torch.arange(len(text_ids), device=text_ids.device)[:pairs]  # (b,)
+        ids = positive.new_tensor(range(len(text_ids))) if image_ids is None else image_ids
+        same = ids[:, None] == ids[None, :]  # (B, B)
+        text_rows, wrong_images = sample_hard_negatives(similarity.T[:pairs], same[:pairs])
+        image_rows, wrong_texts = sample_hard_negatives(similarity[:pairs], same[:pairs])
+        image_index = torch.cat([positive, wrong_images, image_rows])  # (3b,)
+        text_index = torch.cat([positive, text_rows, wrong_texts])  # (3b,)
+        logits = self.match(
+            [(kv[0][image_index], kv[1][image_index]) if kv else None for kv in image],
+            text_ids[text_index],
+            text_mask[text_index],
+        )
+        labels = torch.zeros_like(image_index)
+        labels[: len(positive)] = 1
+        return itm_loss(logits, labels)
+
+    def _generation_loss(
+        self, cache: list[KeysValues], text_ids: Tensor, text_mask: Tensor
+    ) -> Tensor:
+        """ITG with the queries' keys and values from the image pass, so only text is computed."""
+        text_ids = text_ids.clone()
+        text_ids[:, 0] = self.config.qformer.vocab_size - 1  # [DEC] in place of [CLS]
+        text = self.qformer(
+            text_ids=text_ids, text_mask=text_mask, pattern="causal", cache=cache
+        ).text
+        counts = text_mask[:, 1:].bool()  # only real next tokens are scored
+        return itg_loss(self.generate_logits(text[:, :-1][counts]), text_ids[:, 1:][counts])

@@ -1,0 +1,41 @@
+"""Captions as the Q-Former reads them: BERT's word pieces."""
+
+import re
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as WordPieces
+from torch import Tensor
+
+from blip2_edu.weights import WeightsError
+
+MAX_TOKENS = 32  # as in LAVIS; the longest caption of a photograph is rarely over 25
+
+
+def clean(text: str) -> str:
+    """Lower case, punctuation removed, single spaces: how the published model was trained."""
+    return " ".join(re.sub(r"[^\w\s'-]", " ", text.lower()).split())
+
+
+class Tokenizer:
+    """Texts in, padded token ids out. The first token is [CLS], the last [SEP]."""
+
+    def __init__(self, file: Path, max_tokens: int = MAX_TOKENS):
+        if not file.is_file():
+            raise WeightsError(f"The tokenizer {file} is missing: fetch the checkpoint again.")
+        self.file = file
+        self.pieces = WordPieces.from_file(str(file))
+        self.pieces.enable_truncation(max_tokens)
+        self.pieces.enable_padding()
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Returns ids (B, T) and a mask (B, T), 1 on tokens and 0 on padding."""
+        encoded = self.pieces.encode_batch([clean(text) for text in texts])
+        return (
+            torch.tensor([e.ids for e in encoded]),
+            torch.tensor([e.attention_mask for e in encoded]),
+        )
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """ids (B, T) -> texts, without special tokens."""
+        return self.pieces.decode_batch(ids.tolist())

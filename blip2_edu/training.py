@@ -1,0 +1,275 @@
+"""Training of both stages on one CPU, one GPU or many, through Hugging Face Accelerate.
+
+Everything random in a step is drawn from (seed, step), so a run that was killed and resumed goes on
+exactly as if it had never stopped, and nothing about random generators need be saved.
+"""
+
+import json
+import math
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from blip2_edu.checkpoints import load_tensors, save_tensors
+from blip2_edu.data import Examples, FeatureCache
+from blip2_edu.evaluation import retrieval
+from blip2_edu.hardware import native_bfloat16
+from blip2_edu.stage1 import OBJECTIVES, Blip2Stage1
+from blip2_edu.text import Tokenizer
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one sentence for the user."""
+
+
+@dataclass
+class TrainingConfig:
+    """How a run learns. `folder` receives `metrics.jsonl`, the last state and the best model."""
+
+    folder: Path
+    epochs: float = 10
+    batch_size: int = 64  # on each process
+    learning_rate: float = 1e-4  # of parameters that start pretrained
+    learning_rate_new: float = 3e-4  # of parameters that start random
+    weight_decay: float = 0.05
+    warmup: float = 0.05  # share of all steps
+    max_grad_norm: float = 1.0
+    gradient_accumulation: int = 1
+    evaluate_every: int = 200  # steps; a state is saved as often
+    seed: int = 0
+    tensorboard: bool = False
+
+
+@dataclass
+class Pairs:
+    """Batches of (image, one of its captions), drawn without replacement epoch by epoch.
+
+    What batch `step` holds depends on the seed and the step alone. A captionless image is skipped.
+    """
+
+    examples: Examples
+    features: FeatureCache
+    batch_size: int
+    seed: int
+    num_views: int = 1
+    captions_per_image: int = 1
+
+    def __post_init__(self):
+        self.usable = np.array([i for i, texts in enumerate(self.examples.captions) if texts])
+        if len(self.usable) < self.batch_size:
+            raise TrainingError(
+                f"{len(self.usable)} images with captions do not fill a batch of {self.batch_size}:"
+                " use a smaller --batch-size."
+            )
+
+    def steps_per_epoch(self, processes: int) -> int:
+        return len(self.usable) // (self.batch_size * processes)
+
+    def batch(self, step: int, rank: int, processes: int) -> tuple[Tensor, list[str], Tensor]:
+        """Features (B, N, W), captions (B x captions_per_image, image by image), image ids (B,)."""
+        epoch, position = divmod(step, self.steps_per_epoch(processes))
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.usable)
+        start = (position * processes + rank) * self.batch_size
+        chosen = order[start : start + self.batch_size]
+        draw = np.random.default_rng([self.seed, step, rank])
+        views = draw.integers(self.num_views, size=self.batch_size)
+        captions = []
+        for i in chosen:
+            texts = self.examples.captions[i]
+            few = len(texts) < self.captions_per_image
+            captions += draw.choice(texts, self.captions_per_image, replace=few).tolist()
+        return self.features.rows(chosen, views), captions, torch.from_numpy(chosen)
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then half a cosine down to nothing."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def parameter_groups(model: nn.Module, pretrained: set[str], config: TrainingConfig) -> list[dict]:
+    """Two learning rates, and weight decay on matrices only. Frozen parameters are in no group."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = config.learning_rate if name in pretrained else config.learning_rate_new
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+
+
+def fit(
+    model: nn.Module,
+    pairs: Pairs,
+    prepare: Callable[[Tensor, list[str], Tensor], dict[str, Tensor]],
+    evaluate: Callable[[nn.Module], tuple[float, dict[str, float]]],
+    pretrained: set[str],
+    config: TrainingConfig,
+    resume: bool = False,
+) -> nn.Module:
+    """Train `model`, whose forward returns losses by name, on their sum; returns it.
+
+    pairs       the batches
+    prepare     what the model's forward is called with, from a batch of `pairs`
+    evaluate    the score that decides which model is best, higher is better, and all metrics
+    pretrained  names of the parameters that learn at the lower rate
+
+    Raises TrainingError when the loss is not finite or there is nothing to resume.
+    """
+    accelerator = Accelerator(
+        mixed_precision="bf16" if native_bfloat16(Accelerator().device) else "no",
+        log_with="tensorboard" if config.tensorboard else None,
+        project_dir=config.folder,
+    )
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    steps = int(config.epochs * pairs.steps_per_epoch(processes)) // config.gradient_accumulation
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, pretrained, config), betas=(0.9, 0.98), fused=True
+    )
+    state_file, start, best = config.folder / "state.safetensors", 0, -math.inf
+    metrics_file = config.folder / "metrics.jsonl"
+    model.to(accelerator.device)
+    if resume:
+        start, best = load_state(state_file, model, optimizer)
+        keep_metrics_before(metrics_file, start)
+    elif state_file.exists():
+        raise TrainingError(
+            f"{config.folder} holds a run already: add --resume, or name another folder."
+        )
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if config.tensorboard:
+        accelerator.init_trackers("")
+
+    def record(kind: str, step: int, values: dict[str, float]) -> None:
+        if accelerator.is_main_process:
+            with metrics_file.open("a") as file:
+                file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")
+        if config.tensorboard:
+            accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step)
+
+    config.folder.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(
+        range(start, steps), initial=start, total=steps, disable=not accelerator.is_main_process
+    )
+    for step in bar:
+        factor = learning_rate_factor(step, steps, max(1, int(config.warmup * steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        wrapped.train()
+        for part in range(config.gradient_accumulation):
+            small_step = step * config.gradient_accumulation + part
+            torch.manual_seed(hash((config.seed, small_step, rank)) % 2**63)
+            batch = prepare(*pairs.batch(small_step, rank, processes))
+            batch = send_to_device(batch, accelerator.device)
+            last = part == config.gradient_accumulation - 1
+            with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(wrapped):
+                losses = wrapped(**batch)
+                loss = sum(losses.values()) / config.gradient_accumulation
+                if not torch.isfinite(loss):
+                    raise TrainingError(_not_finite(losses, step, state_file))
+                accelerator.backward(loss)
+        accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        values = {name: value.item() for name, value in losses.items()}
+        record("train", step, values)
+        bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
+        if (step + 1) % config.evaluate_every == 0 or step + 1 == steps:
+            wrapped.eval()
+            if accelerator.is_main_process:
+                with torch.no_grad(), accelerator.autocast():
+                    score, metrics = evaluate(model)
+                record("evaluation", step, metrics)
+                said = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+                bar.write(f"step {step + 1}: {said}")
+                if score > best:
+                    best = score
+                    save_tensors(trainable_state(model), config.folder / "best.safetensors")
+                save_state(state_file, model, optimizer, step + 1, best)
+            accelerator.wait_for_everyone()
+    return model
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that learn, by name: what a checkpoint holds."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, best: float
+) -> None:
+    """Everything a run needs to go on, in one file: parameters and AdamW's two moments."""
+    parameters = trainable_state(model)
+    tensors = {f"model.{name}": p for name, p in parameters.items()}
+    for name, parameter in parameters.items():
+        for moment, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{moment}.{name}"] = value
+    save_tensors(tensors, path, {"step": str(step), "best": repr(best)})
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Put back what `save_state` wrote; returns the step to go on with and the best score yet."""
+    tensors, metadata = load_tensors(path)
+    for name, parameter in trainable_state(model).items():
+        parameter.data.copy_(tensors.pop(f"model.{name}"))
+        optimizer.state[parameter] = {
+            moment: tensors.pop(f"optimizer.{moment}.{name}").to(parameter.device)
+            for moment in ("step", "exp_avg", "exp_avg_sq")
+        }
+    return int(metadata["step"]), float(metadata["best"])
+
+
+def keep_metrics_before(path: Path, step: int) -> None:
+    """Drop the lines that a killed run wrote after its last saved state."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step]
+        path.write_text("".join(line + "\n" for line in lines))
+
+
+def _not_finite(losses: dict[str, Tensor], step: int, state_file: Path) -> str:
+    values = ", ".join(f"{name} {value.item()}" for name, value in losses.items())
+    kept = f"the state in {state_file} is from before" if state_file.exists() else "no state yet"
+    return f"The loss is not finite at step {step} ({values}); {kept}: try a lower learning rate."
+
+
+def train_stage1(
+    model: Blip2Stage1,
+    tokenizer: Tokenizer,
+    pairs: Pairs,
+    validation: tuple[Examples, FeatureCache],
+    pretrained: set[str],
+    config: TrainingConfig,
+    objectives: Collection[str] = OBJECTIVES,
+    itm_pairs: int | None = None,
+    resume: bool = False,
+) -> Blip2Stage1:
+    """Stage 1 (paper, section 3.1); the best model is the one with the highest TR@1 + IR@1."""
+
+    def prepare(features: Tensor, captions: list[str], image_ids: Tensor) -> dict:
+        text_ids, text_mask = tokenizer(captions)
+        return {
+            "image_features": features,
+            "text_ids": text_ids,
+            "text_mask": text_mask,
+            "image_ids": image_ids,
+            "objectives": objectives,
+            "itm_pairs": itm_pairs,
+        }
+
+    def evaluate(model: Blip2Stage1) -> tuple[float, dict[str, float]]:
+        scores = retrieval(model, tokenizer, *validation)
+        return scores["TR@1"] + scores["IR@1"], scores
+
+    return fit(model, pairs, prepare, evaluate, pretrained, config, resume)

@@ -29,9 +29,16 @@ def itc_similarity(image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
     """How well each image fits each text: the best of the queries decides.
 
     image_embeddings (I, Q, P) and text_embeddings (T, P), both of unit length. Returns (I, T), each
-    the maximum over queries of the dot product.
+    the maximum over queries of the dot product. Never in half precision, whatever autocast says:
+    bfloat16 would round a similarity of 0.9 to steps of 0.004, and every ranking would be full of
+    ties.
     """
-    return torch.einsum("iqp,tp->itq", image_embeddings, text_embeddings).amax(dim=-1)
+    precise = torch.promote_types(image_embeddings.dtype, torch.float32)
+    with torch.autocast(image_embeddings.device.type, enabled=False):
+        every_query = torch.einsum(
+            "iqp,tp->itq", image_embeddings.to(precise), text_embeddings.to(precise)
+        )
+    return every_query.amax(dim=-1)
 
 
 def itc_loss(
@@ -69,11 +76,13 @@ def sample_hard_negatives(similarity: Tensor, same: Tensor) -> tuple[Tensor, Ten
     where row and column belong together. Returns (rows, columns), both (R,) with R <= B: a row
     that has no wrong column, as in a batch of one, is left out.
     """
-    chances = similarity.float().masked_fill(same, float("-inf"))
+    scores = similarity.float().masked_fill(same, float("-inf"))
     rows = (~same).any(dim=1).nonzero()[:, 0]
     if len(rows) == 0:
         return rows, rows
-    return rows, torch.multinomial(chances[rows].softmax(dim=1), 1)[:, 0]
+    # A model that has come to NaN must reach its loss, which says so; multinomial would only crash.
+    chances = scores[rows].softmax(dim=1).nan_to_num(nan=1.0)
+    return rows, torch.multinomial(chances, 1)[:, 0]
 
 
 def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class Blip2Stage1(nn.Module):
             head.apply(initialise)
 
     def project_image(self, image_features: Tensor) -> list[KeysValues | None]:
-        """Frozen features (B, N, W) -> the cross-attention keys and values that all passes share."""
+        """Frozen features (B, N, W) -> cross-attention keys and values, shared by all passes."""
         return self.qformer.project_image(self.image_norm(image_features))
 
     def embed_image(self, image_features: Tensor) -> Tensor:
@@ -82,12 +82,16 @@ class Blip2Stage1(nn.Module):
 
     def embed_queries(self, queries: Tensor) -> Tensor:
         """Query outputs (B, Q, D) -> unit vectors (B, Q, P)."""
-        return normalize(self.image_projection(queries), dim=-1)
+        return self._unit_length(self.image_projection(queries))
 
     def embed_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Tokens (B, T), the first being [CLS] -> unit vectors (B, P)."""
         text = self.qformer(text_ids=text_ids, text_mask=text_mask).text
-        return normalize(self.text_projection(text[:, 0]), dim=-1)
+        return self._unit_length(self.text_projection(text[:, 0]))
+
+    def _unit_length(self, x: Tensor) -> Tensor:
+        """In the parameters' precision: under autocast a bfloat16 length would be 0.2% off."""
+        return normalize(x.to(self.temperature.dtype), dim=-1)
 
     def match(self, image: list[KeysValues | None], text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Projected images and texts, pair by pair -> (B, 2) logits: does not match, matches."""

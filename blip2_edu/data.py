@@ -111,7 +111,7 @@ class FeatureCache:
         return len(self.views[0])
 
     def rows(self, images: Sequence[int], views: Sequence[int] | None = None) -> Tensor:
-        """Features (B, N, W), float32, of these images, each in its view (0, the first, if None)."""
+        """Features (B, N, W), float32, of these images, each in its view (by default the first)."""
         chosen = views if views is not None else [0] * len(images)
         rows = [self.views[view][image] for view, image in zip(chosen, images, strict=True)]
         return torch.from_numpy(np.stack(rows)).float()

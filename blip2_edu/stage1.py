@@ -4,14 +4,17 @@ Axis letters as in `qformer`: `B` pairs, `Q` queries, `T` text tokens, `N` patch
 image feature, `D` width of the Q-Former, `P` width of the shared space.
 """
 
+import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from blip2_edu.attention import KeysValues
+from blip2_edu.checkpoints import load_strictly, load_tensors, save_tensors
 from blip2_edu.objectives import (
     itc_loss,
     itc_similarity,
@@ -20,6 +23,8 @@ from blip2_edu.objectives import (
     sample_hard_negatives,
 )
 from blip2_edu.qformer import QFormer, QFormerConfig, initialise
+from blip2_edu.text import Tokenizer
+from blip2_edu.weights import WeightsError
 
 OBJECTIVES = ("itc", "itm", "itg")
 
@@ -172,3 +177,25 @@ class Blip2Stage1(nn.Module):
         ).text
         counts = text_mask[:, 1:].bool()  # only real next tokens are scored
         return itg_loss(self.generate_logits(text[:, :-1][counts]), text_ids[:, 1:][counts])
+
+
+def save_stage1(
+    model: Blip2Stage1, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write stage1.json, stage1.safetensors and tokenizer.json into `folder`."""
+    state = {name: x.to(dtype) for name, x in model.state_dict().items()}
+    save_tensors(state, folder / "stage1.safetensors")
+    (folder / "stage1.json").write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+    tokenizer.save(folder / "tokenizer.json")
+
+
+def load_stage1(folder: Path) -> tuple[Blip2Stage1, Tokenizer]:
+    """Read what `save_stage1` wrote, into float32. Raises WeightsError."""
+    try:
+        sizes = json.loads((folder / "stage1.json").read_text())
+        config = Stage1Config(**sizes | {"qformer": QFormerConfig(**sizes["qformer"])})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{folder} holds no readable stage1.json: {error}") from error
+    model = Blip2Stage1(config)
+    load_strictly(model, load_tensors(folder / "stage1.safetensors")[0])
+    return model.eval(), Tokenizer(folder / "tokenizer.json")

@@ -36,6 +36,9 @@ class Tokenizer:
             torch.tensor([e.attention_mask for e in encoded]),
         )
 
+    def save(self, file: Path) -> None:
+        self.pieces.save(str(file))
+
     def decode(self, ids: Tensor) -> list[str]:
         """ids (B, T) -> texts, without special tokens."""
         return self.pieces.decode_batch(ids.tolist())

@@ -132,7 +132,7 @@ def _load_vision_tower(name: str) -> ImageEncoder:
         }
         network = classes.get(config.model_type, AutoModel).from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise WeightsError(f"{name} holds no vision tower that transformers can load: {error}")
+        raise WeightsError(f"{name} is no vision tower transformers can load: {error}") from error
     return from_vision_tower(name, network)
 
 

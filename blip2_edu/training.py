@@ -18,9 +18,10 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from blip2_edu.blip2 import Blip2
 from blip2_edu.checkpoints import load_tensors, save_tensors
 from blip2_edu.data import Examples, FeatureCache
-from blip2_edu.evaluation import retrieval
+from blip2_edu.evaluation import retrieval, writing_scores
 from blip2_edu.hardware import native_bfloat16
 from blip2_edu.stage1 import OBJECTIVES, Blip2Stage1
 from blip2_edu.text import Tokenizer
@@ -49,44 +50,76 @@ class TrainingConfig:
 
 
 @dataclass
-class Pairs:
-    """Batches of (image, one of its captions), drawn without replacement epoch by epoch.
+class Batch:
+    """B images and what is said of them; `questions` only where the texts are answers."""
 
-    What batch `step` holds depends on the seed and the step alone. A captionless image is skipped.
+    image_features: Tensor  # (B, N, W)
+    image_ids: Tensor  # (B,)
+    texts: list[str]  # B x texts an image, image by image
+    questions: list[str] | None = None  # B
+
+
+@dataclass
+class Source:
+    """Batches from one data set, each image once an epoch, with some of its texts drawn anew.
+
+    What a batch holds depends on the seed, the step and the rank alone. With `ask`, a text is the
+    answer to one of the image's questions, else one of its captions. Images without are skipped.
     """
 
     examples: Examples
     features: FeatureCache
     batch_size: int
-    seed: int
-    num_views: int = 1
-    captions_per_image: int = 1
+    seed: int = 0
+    texts_per_image: int = 1
+    ask: bool = False
 
     def __post_init__(self):
-        self.usable = np.array([i for i, texts in enumerate(self.examples.captions) if texts])
-        if len(self.usable) < self.batch_size:
-            raise TrainingError(
-                f"{len(self.usable)} images with captions do not fill a batch of {self.batch_size}:"
-                " use a smaller --batch-size."
-            )
+        texts = self.examples.questions if self.ask else self.examples.captions
+        self.usable = np.array([i for i, some in enumerate(texts) if some])
 
     def steps_per_epoch(self, processes: int) -> int:
         return len(self.usable) // (self.batch_size * processes)
 
-    def batch(self, step: int, rank: int, processes: int) -> tuple[Tensor, list[str], Tensor]:
-        """Features (B, N, W), captions (B x captions_per_image, image by image), image ids (B,)."""
+    def batch(self, step: int, rank: int, processes: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch(processes))
         order = np.random.default_rng([self.seed, epoch]).permutation(self.usable)
         start = (position * processes + rank) * self.batch_size
         chosen = order[start : start + self.batch_size]
         draw = np.random.default_rng([self.seed, step, rank])
-        views = draw.integers(self.num_views, size=self.batch_size)
-        captions = []
+        views = draw.integers(len(self.features.views), size=self.batch_size)
+        features, image_ids = self.features.rows(chosen, views), torch.from_numpy(chosen)
+        if self.ask:
+            asked = [draw.choice(self.examples.questions[i]) for i in chosen]
+            answers = [question["answer"] for question in asked]
+            return Batch(features, image_ids, answers, [q["question"] for q in asked])
+        texts = []
         for i in chosen:
-            texts = self.examples.captions[i]
-            few = len(texts) < self.captions_per_image
-            captions += draw.choice(texts, self.captions_per_image, replace=few).tolist()
-        return self.features.rows(chosen, views), captions, torch.from_numpy(chosen)
+            captions = self.examples.captions[i]
+            few = len(captions) < self.texts_per_image
+            texts += draw.choice(captions, self.texts_per_image, replace=few).tolist()
+        return Batch(features, image_ids, texts)
+
+
+@dataclass
+class Mixture:
+    """Several sources in turn: an epoch holds an epoch of each, their batches shuffled."""
+
+    sources: list[Source]
+    seed: int = 0
+
+    def steps_per_epoch(self, processes: int) -> int:
+        return sum(source.steps_per_epoch(processes) for source in self.sources)
+
+    def batch(self, step: int, rank: int, processes: int) -> Batch:
+        epoch, position = divmod(step, self.steps_per_epoch(processes))
+        counts = [source.steps_per_epoch(processes) for source in self.sources]
+        order = np.random.default_rng([self.seed, epoch]).permutation(
+            np.repeat(np.arange(len(counts)), counts)
+        )
+        which = order[position]
+        earlier = int((order[:position] == which).sum())
+        return self.sources[which].batch(epoch * counts[which] + earlier, rank, processes)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
@@ -112,8 +145,8 @@ def parameter_groups(model: nn.Module, pretrained: set[str], config: TrainingCon
 
 def fit(
     model: nn.Module,
-    pairs: Pairs,
-    prepare: Callable[[Tensor, list[str], Tensor], dict[str, Tensor]],
+    batches: Source | Mixture,
+    prepare: Callable[[Batch], dict],
     evaluate: Callable[[nn.Module], tuple[float, dict[str, float]]],
     pretrained: set[str],
     config: TrainingConfig,
@@ -121,8 +154,8 @@ def fit(
 ) -> nn.Module:
     """Train `model`, whose forward returns losses by name, on their sum; returns it.
 
-    pairs       the batches
-    prepare     what the model's forward is called with, from a batch of `pairs`
+    batches     what to learn from
+    prepare     what the model's forward is called with, from a batch
     evaluate    the score that decides which model is best, higher is better, and all metrics
     pretrained  names of the parameters that learn at the lower rate
 
@@ -134,7 +167,9 @@ def fit(
         project_dir=config.folder,
     )
     rank, processes = accelerator.process_index, accelerator.num_processes
-    steps = int(config.epochs * pairs.steps_per_epoch(processes)) // config.gradient_accumulation
+    if batches.steps_per_epoch(processes) == 0:
+        raise TrainingError("The data do not fill one batch: use a smaller --batch-size.")
+    steps = int(config.epochs * batches.steps_per_epoch(processes)) // config.gradient_accumulation
     optimizer = torch.optim.AdamW(
         parameter_groups(model, pretrained, config), betas=(0.9, 0.98), fused=True
     )
@@ -171,7 +206,7 @@ def fit(
         for part in range(config.gradient_accumulation):
             small_step = step * config.gradient_accumulation + part
             torch.manual_seed(hash((config.seed, small_step, rank)) % 2**63)
-            batch = prepare(*pairs.batch(small_step, rank, processes))
+            batch = prepare(batches.batch(small_step, rank, processes))
             batch = send_to_device(batch, accelerator.device)
             last = part == config.gradient_accumulation - 1
             with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(wrapped):
@@ -247,7 +282,7 @@ def _not_finite(losses: dict[str, Tensor], step: int, state_file: Path) -> str:
 def train_stage1(
     model: Blip2Stage1,
     tokenizer: Tokenizer,
-    pairs: Pairs,
+    batches: Source,
     validation: tuple[Examples, FeatureCache],
     pretrained: set[str],
     config: TrainingConfig,
@@ -257,13 +292,13 @@ def train_stage1(
 ) -> Blip2Stage1:
     """Stage 1 (paper, section 3.1); the best model is the one with the highest TR@1 + IR@1."""
 
-    def prepare(features: Tensor, captions: list[str], image_ids: Tensor) -> dict:
-        text_ids, text_mask = tokenizer(captions)
+    def prepare(batch: Batch) -> dict:
+        text_ids, text_mask = tokenizer(batch.texts)
         return {
-            "image_features": features,
+            "image_features": batch.image_features,
             "text_ids": text_ids,
             "text_mask": text_mask,
-            "image_ids": image_ids,
+            "image_ids": batch.image_ids,
             "objectives": objectives,
             "itm_pairs": itm_pairs,
         }
@@ -272,4 +307,35 @@ def train_stage1(
         scores = retrieval(model, tokenizer, *validation)
         return scores["TR@1"] + scores["IR@1"], scores
 
-    return fit(model, pairs, prepare, evaluate, pretrained, config, resume)
+    return fit(model, batches, prepare, evaluate, pretrained, config, resume)
+
+
+def train_stage2(
+    model: Blip2,
+    batches: Source | Mixture,
+    validation: list[tuple[Examples, FeatureCache]],
+    pretrained: set[str],
+    config: TrainingConfig,
+    resume: bool = False,
+) -> Blip2:
+    """Stage 2 (paper, section 3.2); the best model has the highest CIDEr + VQA accuracy.
+
+    validation: data with captions, with questions or with both, already cut to a size that is
+    quick to write texts for.
+    """
+    prompts = model.config.prompts
+
+    def prepare(batch: Batch) -> dict:
+        if batch.questions is not None:
+            asked = [model.question_prompt(question) for question in batch.questions]
+        else:
+            asked = [prompts.caption] * len(batch.image_features)
+        return {"image_features": batch.image_features, "prompts": asked, "texts": batch.texts}
+
+    def evaluate(model: Blip2) -> tuple[float, dict[str, float]]:
+        scores = {}
+        for examples, features in validation:
+            scores |= writing_scores(model, examples, features, num_beams=1)
+        return scores.get("CIDEr", 0.0) + scores.get("VQA", 0.0), scores
+
+    return fit(model, batches, prepare, evaluate, pretrained, config, resume)

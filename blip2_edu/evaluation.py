@@ -253,7 +253,7 @@ def writing_scores(
 def images_per_second(model: Blip2, examples: Examples, batch_size: int = 16) -> float:
     """From the bytes of a photo to its caption, in a few full batches."""
     count = min(len(examples), 2 * batch_size)
-    model.caption(examples.image(0))  # whatever is done once is done now
+    model.caption([examples.image(0)])  # whatever is done once is done now
     start = time.perf_counter()
     for some in batched(range(count), batch_size):
         model.caption([examples.image(i) for i in some])

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from blip2_edu.images import open_image
+from blip2_edu.scenes import scene_dataset
 from blip2_edu.vision import ImageEncoder
 
 VIEWS = ("original", "flipped")
@@ -47,7 +48,8 @@ class Examples:
 def load_examples(source: str | Path, split: str = "train", limit: int | None = None) -> Examples:
     """Read images with captions, questions or both.
 
-    source  a parquet file, a folder of images with metadata (`imagefolder`), or a hub id
+    source  a parquet file, a folder of images with metadata (`imagefolder`), a hub id, or
+            "scenes:N" for N drawn scenes ("scenes:N:SEED" for others than those of seed 0)
     split   which part of a hub data set or a folder
     limit   stop after so many examples; a hub data set is then streamed, not downloaded
 
@@ -59,7 +61,9 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
 
     path = Path(source)
     try:
-        if path.is_file():
+        if str(source).startswith("scenes:"):
+            table = scene_dataset(*map(int, str(source).removeprefix("scenes:").split(":")))
+        elif path.is_file():
             table = load_dataset("parquet", data_files={split: str(path)}, split=split)
         elif path.is_dir():
             table = load_dataset("imagefolder", data_dir=str(path), split=split)

@@ -169,7 +169,7 @@ def swapped_captions(scene: Scene) -> SwappedCaptions:
     )
 
 
-def scene_dataset(n: int, seed: int, size: int = 224) -> Dataset:
+def scene_dataset(n: int, seed: int = 0, size: int = 224) -> Dataset:
     """`n` scenes as a data set: image, captions, questions in the form of VQA v2.
 
     Two different `seed`s share no scene; the first rows do not depend on `n`.

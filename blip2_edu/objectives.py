@@ -6,9 +6,24 @@ the shared space.
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+
+class _Gather(torch.autograd.Function):
+    """PyTorch's own gathering with gradients is deprecated; this is all of it that ITC needs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        everyones = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(everyones)  # the loss of every process pulls at every row
+        return everyones.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(x: Tensor) -> Tensor:
@@ -18,11 +33,7 @@ def gather(x: Tensor) -> Tensor:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
-    if not x.is_floating_point():
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-    return torch.cat(dist.nn.functional.all_gather(x.contiguous()))
+    return _Gather.apply(x.contiguous())
 
 
 def itc_similarity(image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:

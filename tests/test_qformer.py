@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import random_image, random_qformer, random_text, retrieval_model
+from reference import retrieval_model
+from samples import random_image, random_qformer, random_text
 from torch import Tensor, nn
 from transformers import Blip2QFormerModel
 
@@ -144,7 +145,6 @@ def test_sizes_are_the_papers():
     assert count(base) == 161_825_280
     with torch.device("meta"):
         qformer = QFormer(base)
-        assert sum(p.numel() for p in nn.Linear(base.width, 2560).parameters()) == 1_968_640
     assert qformer.query_tokens.shape == (1, 32, 768)
     assert qformer.word_embeddings.weight.shape == (30_523, 768)
 

@@ -1,0 +1,169 @@
+"""Pictures: where the queries look in a photograph, and what the whole model is made of.
+
+Axis letters: `B` images, `H` heads, `Q` queries, `R` rows and `K` columns of the encoder's grid.
+"""
+
+import io
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from einops import rearrange
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyBboxPatch, Polygon, Rectangle
+from PIL import Image
+from torch import Tensor, nn
+
+from blip2_edu.blip2 import Blip2, ImageSource
+from blip2_edu.images import open_image
+
+if TYPE_CHECKING:
+    from IPython.display import Image as NotebookImage
+
+FROZEN, LEARNS, INK = "#0072B2", "#D55E00", "#333333"  # a blue and an orange that all can tell
+SIDE = 480  # pixels of the longer side of an overlay
+
+
+@torch.no_grad()
+def attention_maps(
+    model: Blip2, images: ImageSource | Sequence[ImageSource], layer: int = -1
+) -> Tensor:
+    """Cross-attention weights of the Q-Former that prompts the language model, (B, H, Q, R, K).
+
+    layer counts the blocks that have cross-attention. What a query gives to features of no place
+    (a ViT's class token) is left out, so a map sums to at most one. Raises ImageError.
+    """
+    features = model.image_norm(model.encode_images(images))
+    weights = model.eval().qformer(features, return_attention=True).cross_attention[layer]
+    encoder = model.image_encoder
+    places = weights[..., encoder.num_prefix_tokens :]  # (B, H, Q, R x K)
+    return rearrange(places, "b h q (r k) -> b h q r k", r=encoder.grid[0])
+
+
+def overlay(image: Image.Image, attention: Tensor) -> Image.Image:
+    """Lay a map (R, K) over a photograph, at the photograph's own aspect ratio.
+
+    The photograph turns grey and the map colours it, brightest where the map is highest. Every
+    picture has its own scale: compare places within one, not brightness between two.
+    """
+    image = image.copy()
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    heat = Image.fromarray((attention / attention.max().clamp(min=1e-12)).float().cpu().numpy())
+    heat = np.asarray(heat.resize(image.size, Image.Resampling.BICUBIC)).clip(0, 1)
+    colors = 255 * colormaps["inferno"](heat)[..., :3]
+    grey = np.asarray(image.convert("L"))[..., None]
+    return Image.fromarray((0.4 * grey + 0.6 * colors).astype(np.uint8))
+
+
+def attention_figure(
+    model: Blip2,
+    image: ImageSource,
+    caption: str = "",
+    layer: int = -1,
+    num_queries: int = 5,
+) -> Figure:
+    """The photograph, the maximum over all queries, their mean, and the most peaked queries.
+
+    Maps are means over the heads. A title tells the highest weight in its map; a query that looks
+    everywhere alike has 1 / (R x K). The caption is drawn as it is, `$` and all.
+    """
+    image = open_image(image)
+    maps = attention_maps(model, image, layer)[0].mean(dim=0)  # (Q, R, K)
+    peaks = maps.flatten(1).amax(dim=1)
+    panels = {"maximum over queries": maps.amax(dim=0), "mean over queries": maps.mean(dim=0)}
+    for query in peaks.argsort(descending=True)[:num_queries].tolist():
+        panels[f"query {query}"] = maps[query]
+
+    columns = min(4, len(panels) + 1)
+    rows = -(-(len(panels) + 1) // columns)
+    height = 2.5 * min(image.height / image.width, 1.5) + 0.3
+    figure = Figure(figsize=(2.5 * columns, height * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax in axes:
+        ax.axis("off")
+    axes[0].imshow(image)
+    axes[0].set_title("photograph", fontsize=9)
+    for ax, (name, attention) in zip(axes[1:], panels.items(), strict=False):
+        ax.imshow(overlay(image, attention))
+        ax.set_title(f"{name}, up to {attention.max():.2f}", fontsize=9)
+    figure.suptitle(plain(caption), fontsize=13, parse_math=False)
+    return figure
+
+
+def plain(text: str, width: int = 90) -> str:
+    """Any string as at most three lines that can be drawn; what cannot becomes a space."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return "\n".join(textwrap.wrap(printable, width, max_lines=3, placeholder=" ..."))
+
+
+def architecture_figure(model: Blip2) -> Figure:
+    """BLIP-2 from image to text (paper, figures 1 and 3), with the sizes of this model."""
+    encoder, language, sizes = model.image_encoder, model.language_model, model.config.qformer
+    figure = Figure(figsize=(11, 3.9), dpi=100)
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, 110), ylim=(0, 39))
+    ax.axis("off")
+
+    def write(x: float, y: float, text: str, size: float = 9, color: str = INK, **style) -> None:
+        ax.text(x, y, text, size=size, color=color, ha="center", va="center", **style)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
+        style = {"arrowstyle": "-|>", "color": INK, "lw": 1.4, "mutation_scale": 13}
+        ax.annotate("", end, start, arrowprops=style | {"shrinkA": 0, "shrinkB": 0})
+
+    def box(x: float, width: float, name: str, color: str, details: str) -> None:
+        place, style = (x - width / 2, 14), "round,pad=0,rounding_size=1.6"
+        ax.add_patch(FancyBboxPatch(place, width, 16, style, fc=color + "22", ec=color, lw=2))
+        write(x, 26, name, 11.5, weight="bold")
+        write(x, 21, details)
+        write(x, 16.2, "frozen" if color == FROZEN else "learns", 10, color, weight="bold")
+
+    def tokens(x: float, y: float, dx: float, dy: float, color: str) -> None:
+        for i in range(-3, 4):
+            place = (x + i * dx - 0.7, y + i * dy - 0.7)
+            ax.add_patch(Rectangle(place, 1.4, 1.4, fc=color + "55", ec=color, lw=1))
+
+    ax.add_patch(Rectangle((1.5, 17), 11, 10, fc="#CFE6F5", ec=INK, lw=1))
+    ax.add_patch(Circle((10, 24.8), 1, fc="#F0E442"))
+    hills = [(1.5, 17), (1.5, 19), (5.5, 23.5), (8, 20.5), (10, 22), (12.5, 19), (12.5, 17)]
+    ax.add_patch(Polygon(hills, fc="#009E73"))
+    write(7, 14.5, "image", 10)
+    box(24, 15, "Image encoder", FROZEN, f"{plain(encoder.name, 18)}\n{count(encoder)}")
+    tokens(36.5, 22, 0, 1.9, FROZEN)
+    write(36.5, 12, f"{encoder.num_features} features\nof {encoder.width}")
+    box(48, 14, "Q-Former", LEARNS, f"{sizes.num_layers} blocks\n{count(model.qformer)}")
+    tokens(48, 7.5, 1.9, 0, LEARNS)
+    write(48, 3.5, f"{sizes.num_queries} learned queries of {sizes.width}")
+    projection = nn.ModuleList([model.language_projection, model.soft_prompt_norm])
+    box(64, 10.5, "Projection", LEARNS, f"linear\n{count(projection)}")
+    tokens(74, 22, 0, 1.9, LEARNS)
+    write(74, 12, f"soft prompt:\n{sizes.num_queries} vectors\nof {language.width}")
+    box(87, 17, "Language model", FROZEN, f"{plain(language.name, 18)}\n{count(language)}")
+    write(87, 6, "words of the prompt\nor a question", 10)
+    write(104, 22, "a caption\nor an answer", 10, style="italic")
+    for start, end in ((12.5, 16.2), (31.8, 35.2), (37.8, 40.7), (55.3, 58.4), (69.5, 72.7)):
+        arrow((start, 22), (end, 22))
+    for start, end in ((75.3, 78.2), (95.8, 98.8)):
+        arrow((start, 22), (end, 22))
+    arrow((48, 8.8), (48, 13.7))
+    arrow((87, 8.6), (87, 13.7))
+    write(55, 35.5, "BLIP-2: the bridge learns, the models on either side stay as they are", 13)
+    return figure
+
+
+def count(module: nn.Module) -> str:
+    """The number of parameters in words."""
+    millions = sum(p.numel() for p in module.parameters()) / 1e6
+    return f"{millions / 1e3:.1f} billion" if millions >= 1e3 else f"{millions:.1f} million"
+
+
+def show(picture: Figure, alt: str, dpi: int = 100) -> "NotebookImage":
+    """A figure for a notebook: small, and with a description for those who cannot see it."""
+    from IPython.display import Image as NotebookImage  # not needed outside of notebooks
+
+    file = io.BytesIO()
+    picture.savefig(file, format="jpeg", dpi=dpi, pil_kwargs={"quality": 85})
+    return NotebookImage(file.getvalue(), format="jpeg", alt=alt)

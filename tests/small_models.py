@@ -1,0 +1,149 @@
+"""Tiny random encoders, language models and whole BLIP-2s: milliseconds, nothing to download."""
+
+from pathlib import Path
+
+import tiny
+import torch
+from samples import random_stage1, randomise
+from tokenizers import Tokenizer as Pieces
+from tokenizers import decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from transformers import (
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from blip2_edu.blip2 import Blip2, Blip2Config, Prompts
+from blip2_edu.language import LanguageModel
+from blip2_edu.qformer import QFormerConfig
+from blip2_edu.vision import ImageEncoder, load_image_encoder
+
+QFORMER = QFormerConfig.tiny()  # reads features of width 20
+SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
+PAD, START, END, IMAGE = range(len(SPECIAL))
+VOCABULARY = len(SPECIAL) + 256
+KINDS = ("llama", "opt", "t5")  # nothing is added to a text; a first token; a last token
+
+
+def tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """Every byte is a token, so that any text survives the round trip."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    pieces = Pieces(models.BPE(vocabulary, []))
+    pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pieces.decoder = decoders.ByteLevel()
+    if kind != "llama":
+        template = {"opt": "<s> $A", "t5": "$A </s>"}[kind]
+        added = [("<s>", START)] if kind == "opt" else [("</s>", END)]
+        pieces.post_processor = TemplateProcessing(single=template, special_tokens=added)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pieces,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>"],
+    )
+
+
+def language_config(kind: str) -> LlamaConfig | OPTConfig | T5Config:
+    ends = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}
+    if kind == "llama":
+        return LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            **ends,
+        )
+    if kind == "opt":
+        return OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=24,
+            ffn_dim=32,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            max_position_embeddings=128,
+            word_embed_proj_dim=24,
+            dropout=0.1,
+            **ends,
+        )
+    return T5Config(
+        vocab_size=VOCABULARY,
+        d_model=24,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=3,
+        decoder_start_token_id=PAD,
+        **ends,
+    )
+
+
+def language_network(kind: str, seed: int = 3) -> nn.Module:
+    classes = {"llama": LlamaForCausalLM, "opt": OPTForCausalLM, "t5": T5ForConditionalGeneration}
+    return randomise(classes[kind](language_config(kind)), seed).eval()
+
+
+def language_model(kind: str, end_of_text: str | None = None) -> LanguageModel:
+    return LanguageModel(kind, language_network(kind), tokenizer(kind), end_of_text)
+
+
+def save_language_model(kind: str, folder: Path) -> str:
+    language_network(kind).save_pretrained(folder)
+    tokenizer(kind).save_pretrained(folder)
+    return str(folder)
+
+
+def vision_config(config_class: type) -> CLIPVisionConfig | Blip2VisionConfig:
+    """A class token and 3 x 3 patches."""
+    return config_class(
+        hidden_size=QFORMER.image_width,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=42,
+        patch_size=14,
+    )
+
+
+def vision_network(kind: str = "clip", seed: int = 4) -> nn.Module:
+    network_class, config_class = {
+        "clip": (CLIPVisionModel, CLIPVisionConfig),
+        "blip-2": (Blip2VisionModel, Blip2VisionConfig),
+    }[kind]
+    return randomise(network_class(vision_config(config_class)), seed).eval()
+
+
+def image_encoder(folder: Path, kind: str = "clip") -> ImageEncoder:
+    vision_network(kind).save_pretrained(folder)
+    return load_image_encoder(str(folder))
+
+
+def blip2(folder: Path, kind: str = "llama", seed: int = 5) -> Blip2:
+    """A whole untrained model, its frozen parts saved below `folder`."""
+    encoder = image_encoder(folder / "encoder")
+    name = save_language_model(kind, folder / "language")
+    config = Blip2Config(
+        QFORMER,
+        image_encoder=encoder.name,
+        language_model=name,
+        prompts=Prompts("see {image}:", "{image}Q: {question} A:", end_of_text="\n"),
+    )
+    language = LanguageModel(name, language_network(kind), tokenizer(kind), "\n")
+    stage1 = random_stage1(QFORMER, seed)
+    torch.manual_seed(seed)
+    model = Blip2(config, encoder, language, stage1, tiny.tokenizer(folder))
+    randomise(model.qformer, seed)
+    return model.eval()

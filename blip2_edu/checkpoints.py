@@ -7,6 +7,7 @@ other format has no name for is handed back, never dropped.
 
 import glob
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -36,7 +37,8 @@ def save_tensors(tensors: State, path: Path, metadata: dict[str, str] | None = N
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         raise WeightsError(f"{path} could not be written and is as it was: {error}") from error
 
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from blip2_edu.checkpoints import from_transformers, load_strictly, load_tensors, save_tensors
 from blip2_edu.images import open_image
-from blip2_edu.language import IMAGE, LanguageModel, load_language_model, quiet_transformers
+from blip2_edu.language import IMAGE, LanguageModel, load_language_model
 from blip2_edu.objectives import itc_similarity
 from blip2_edu.qformer import QFormer, QFormerConfig
 from blip2_edu.stage1 import Blip2Stage1, load_stage1, save_stage1
 from blip2_edu.text import Tokenizer
 from blip2_edu.vision import ImageEncoder, from_vision_tower, load_image_encoder
-from blip2_edu.weights import WeightsError, checkpoint_folder
+from blip2_edu.weights import WeightsError, checkpoint_folder, load_whole, loading
 
 ImageSource = str | Path | bytes | Image.Image
 
@@ -269,8 +269,9 @@ def load_published(name: str | Path, folder: Path) -> Blip2:
     """
     from transformers import AutoTokenizer, Blip2ForConditionalGeneration
 
-    with quiet_transformers():
-        theirs = Blip2ForConditionalGeneration.from_pretrained(folder)
+    with loading(name, "BLIP-2"):
+        theirs = load_whole(Blip2ForConditionalGeneration, folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     sizes = theirs.config.qformer_config
     decoder_only = not theirs.language_model.config.is_encoder_decoder
     config = Blip2Config(
@@ -290,7 +291,6 @@ def load_published(name: str | Path, folder: Path) -> Blip2:
         norm_image_features=False,
         norm_soft_prompt=False,
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Blip2(
         config,
         from_vision_tower(str(name), theirs.vision_model),

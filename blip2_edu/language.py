@@ -1,16 +1,14 @@
 """Frozen language models behind one interface: a soft prompt and words in, a loss or words out.
 
-A language model reads vectors; that they are word embeddings is habit. BLIP-2 puts projected queries
-in their place (paper, section 3.2 and figure 3).
+A language model reads vectors; that they are word embeddings is habit. BLIP-2 puts projected
+queries in their place (paper, section 3.2 and figure 3).
 
 Axis letters: `B` images, `Q` queries, `E` width of a word embedding, `L` length of a prompt, `C`
 texts an image, `T` tokens of a text.
 """
 
-import logging
 import os
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +17,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from blip2_edu.weights import ROOT, WeightsError, checkpoint_folder, embedded_file
+from blip2_edu.weights import (
+    ROOT,
+    WeightsError,
+    checkpoint_folder,
+    embedded_file,
+    load_whole,
+    loading,
+    quiet_transformers,
+)
 
 IMAGE = "{image}"  # where the soft prompt goes in a prompt
 
@@ -190,14 +196,11 @@ def load_language_model(
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     folder = _converted_smollm2() if name == "smollm2-135m" else checkpoint_folder(name)
-    try:
+    with loading(name, "language model"):
         config = AutoConfig.from_pretrained(folder)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with quiet_transformers():
-            network = auto.from_pretrained(folder)
+        network = load_whole(auto, folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{name} is no language model transformers can load: {error}") from error
     return LanguageModel(name, network, tokenizer, end_of_text)
 
 
@@ -228,19 +231,3 @@ def _converted_smollm2() -> Path:
         shutil.rmtree(aside, ignore_errors=True)
         raise WeightsError(f"{folder} could not be written ({error}): free 600 MB.") from error
     return folder
-
-
-@contextmanager
-def quiet_transformers():
-    """No progress bars and no advice on stdout while weights load."""
-    from transformers.utils import logging as hub_logging
-
-    was_on, level = hub_logging.is_progress_bar_enabled(), hub_logging.get_verbosity()
-    hub_logging.disable_progress_bar()
-    hub_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        hub_logging.set_verbosity(level)
-        if was_on:
-            hub_logging.enable_progress_bar()

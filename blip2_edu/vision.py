@@ -16,7 +16,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from blip2_edu.weights import WeightsError, checkpoint_folder, embedded_file
+from blip2_edu.weights import checkpoint_folder, embedded_file, load_whole, loading
 
 IMAGE_SIZE = 224
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -122,7 +122,7 @@ def _load_vision_tower(name: str) -> ImageEncoder:
     from transformers import AutoConfig, AutoModel, Blip2VisionModel, CLIPVisionModel
 
     folder = checkpoint_folder(name)
-    try:
+    with loading(name, "vision tower"):
         config = AutoConfig.from_pretrained(folder)
         classes = {
             "blip-2": Blip2VisionModel,
@@ -130,10 +130,8 @@ def _load_vision_tower(name: str) -> ImageEncoder:
             "clip": CLIPVisionModel,
             "clip_vision_model": CLIPVisionModel,
         }
-        network = classes.get(config.model_type, AutoModel).from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{name} is no vision tower transformers can load: {error}") from error
-    return from_vision_tower(name, network)
+        network = load_whole(classes.get(config.model_type, AutoModel), folder)
+        return from_vision_tower(name, network)
 
 
 def from_vision_tower(name: str, network: nn.Module) -> ImageEncoder:

@@ -1,0 +1,195 @@
+"""The frozen encoders: frozen for good, and features equal to those of the networks themselves."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import small_models
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+from blip2_edu.images import open_image
+from blip2_edu.vision import CLIP_MEAN, CLIP_STD, ImageEncoder, load_image_encoder
+from blip2_edu.weights import ROOT, WeightsError
+
+EGYPTIAN_CAT = 285
+CLOSE = {"atol": 1e-5, "rtol": 0}
+
+
+@pytest.fixture(scope="module")
+def efficientnet() -> ImageEncoder:
+    return load_image_encoder()
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> ImageEncoder:
+    return small_models.image_encoder(tmp_path_factory.mktemp("clip"))
+
+
+def noise(count: int, size: tuple[int, int] = (50, 40), seed: int = 0) -> list[Image.Image]:
+    draw = np.random.default_rng(seed)
+    return [Image.fromarray(draw.integers(256, size=(*size, 3), dtype=np.uint8))] * count
+
+
+def state_hash(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_efficientnet_knows_a_cat(efficientnet):
+    """The network's own classifier, on our pixels: wrong channels, scale or size would not do."""
+    pixels = efficientnet.preprocess([open_image(ROOT / "images" / "chelsea.jpg")])
+    assert efficientnet.network(pixels).argmax().item() == EGYPTIAN_CAT
+
+
+def test_efficientnet_features(efficientnet):
+    pixels = efficientnet.preprocess(noise(2))
+    features = efficientnet(pixels)
+    assert features.shape == (2, 49, 1280) == (2, efficientnet.num_features, efficientnet.width)
+    assert efficientnet.grid == (7, 7) and efficientnet.num_prefix_tokens == 0
+    grid = efficientnet.network.extract_features(pixels)  # (B, W, rows, columns)
+    assert torch.equal(features[:, 7 * 2 + 5], grid[:, :, 2, 5])
+
+
+def test_efficientnet_pixels(efficientnet):
+    """What the network was trained on: (value - 127) / 128, squashed, not cropped."""
+    image = noise(1, (224, 224))[0]
+    pixels = efficientnet.preprocess([image])
+    expected = (torch.tensor(np.asarray(image), dtype=torch.float32) - 127) / 128
+    torch.testing.assert_close(pixels[0], expected.permute(2, 0, 1), **CLOSE)
+    halves = Image.new("RGB", (1000, 10), "black")
+    halves.paste("white", (500, 0, 1000, 10))
+    wide = efficientnet.preprocess([halves])[0]
+    assert wide.shape == (3, 224, 224)
+    assert (wide[:, :, :100] < 0).all() and (wide[:, :, -100:] > 0).all()
+
+
+@pytest.mark.parametrize("name", ["efficientnet", "clip"])
+def test_frozen(name, request):
+    """Training a parent for a step changes nothing, batch statistics included."""
+    encoder = request.getfixturevalue(name)
+    before = state_hash(encoder)
+    parent = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(encoder.width, 2)}).train()
+    assert parent.training and parent["head"].training
+    assert not any(module.training for module in encoder.modules())
+    features = encoder(encoder.preprocess(noise(2)))
+    assert not features.requires_grad
+    optimizer = torch.optim.SGD((p for p in parent.parameters() if p.requires_grad), lr=1.0)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+    parent["head"](features).sum().backward()
+    optimizer.step()
+    assert all(p.grad is None for p in encoder.parameters())
+    assert state_hash(encoder) == before
+
+
+def test_batch_norm_would_have_moved(efficientnet):
+    """That the test above can fail: in training mode the statistics do move."""
+    before = state_hash(efficientnet)
+    saved = {name: x.clone() for name, x in efficientnet.state_dict().items()}
+    efficientnet.network.train()
+    efficientnet(efficientnet.preprocess(noise(1)))
+    efficientnet.network.eval()
+    assert state_hash(efficientnet) != before
+    efficientnet.load_state_dict(saved)
+    assert state_hash(efficientnet) == before
+
+
+@pytest.mark.parametrize("kind", ["clip", "blip-2"])
+def test_a_vision_tower_equals_transformers(kind, tmp_path):
+    encoder = small_models.image_encoder(tmp_path, kind)
+    theirs = small_models.vision_network(kind)
+    pixels = encoder.preprocess(noise(2, (60, 30)))
+    assert pixels.shape == (2, 3, 42, 42)
+    expected = theirs(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(encoder(pixels), expected, **CLOSE)
+    assert encoder.name == str(tmp_path) and encoder.width == expected.shape[2] == 20
+    assert encoder.grid == (3, 3) and encoder.num_prefix_tokens == 1
+    assert encoder.num_features == expected.shape[1] == 10
+
+
+def test_the_vision_half_of_a_whole_clip(tmp_path):
+    text = CLIPTextConfig(
+        vocab_size=50,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+    )
+    vision = small_models.vision_config(CLIPVisionConfig)
+    torch.manual_seed(0)
+    whole = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    whole.save_pretrained(tmp_path)
+    encoder = load_image_encoder(str(tmp_path))
+    pixels = encoder.preprocess(noise(1))
+    expected = whole.vision_model(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(encoder(pixels), expected, **CLOSE)
+
+
+def test_clip_pixels(clip):
+    image = noise(1, (42, 42))[0]
+    values = torch.tensor(np.asarray(image) / 255, dtype=torch.float32)
+    expected = (values - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
+    torch.testing.assert_close(clip.preprocess([image])[0], expected.permute(2, 0, 1), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["efficientnet", "clip"])
+def test_features_do_not_depend_on_the_batch(name, request):
+    encoder = request.getfixturevalue(name)
+    images = noise(1) + noise(1, (31, 77), seed=1) + noise(1, (224, 224), seed=2)
+    together = encoder(encoder.preprocess(images))
+    for image, features in zip(images, together, strict=True):
+        alone = encoder(encoder.preprocess([image]))[0]
+        torch.testing.assert_close(alone, features, atol=1e-4, rtol=1e-4)
+
+
+def test_the_fingerprint_sees_weights_and_preprocessing(tmp_path):
+    first, second = (small_models.image_encoder(tmp_path / name) for name in ("a", "b"))
+    assert first.fingerprint() == second.fingerprint()
+    next(second.network.parameters()).data.view(-1)[0] += 1e-3
+    assert first.fingerprint() != second.fingerprint()
+    third = small_models.image_encoder(tmp_path / "a")
+    third._mean = third._mean + 0.1
+    assert first.fingerprint() != third.fingerprint()
+
+
+def damaged(kind: str, folder) -> str:
+    small_models.image_encoder(folder)
+    if kind == "truncated":
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:1000])
+    elif kind == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif kind == "no config":
+        (folder / "config.json").unlink()
+    elif kind == "text as config":
+        (folder / "config.json").write_text("Dear reader,\n\nthis is a letter.\n")
+    elif kind == "a tensor less":
+        tensors = load_file(folder / "model.safetensors")
+        tensors.popitem()
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    elif kind == "language model":
+        small_models.save_language_model("llama", folder)
+    return str(folder)
+
+
+DAMAGES = (
+    "truncated",
+    "no weights",
+    "a tensor less",
+    "no config",
+    "text as config",
+    "language model",
+)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_what_is_no_vision_tower_is_one_sentence(kind, tmp_path):
+    with pytest.raises(WeightsError) as error:
+        load_image_encoder(damaged(kind, tmp_path))
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)

@@ -1,0 +1,225 @@
+"""The command line: `python -m blip2_edu caption|ask|match|train|evaluate|weights|doctor`.
+
+Whatever is slow to import is imported by the command that needs it, so that `--help` is quick.
+Whatever a user can get wrong ends in one sentence on stderr and an exit code, never in a traceback.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from blip2_edu import __version__
+from blip2_edu.cli_train import BatchSize, Data, Limit, Split, read, say, train
+from blip2_edu.weights import (
+    EMBEDDED,
+    INSTALL,
+    ROOT,
+    WeightsError,
+    checkpoint_folder,
+    embedded_file,
+)
+
+if TYPE_CHECKING:
+    from blip2_edu.blip2 import Blip2
+
+app = typer.Typer(
+    help="BLIP-2, step by step: images in, words out.",
+    add_completion=False,
+    rich_markup_mode=None,  # square brackets in a file name are no markup
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(train, name="train")
+
+Model = Annotated[str, typer.Option(help="mini, a folder, or a hub id")]
+Beams = Annotated[int, typer.Option(min=1, help="beams of the search for the best text")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; return its exit code: 1 if it failed, 2 if misused, 130 if interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # an old Windows console cannot show every letter
+    try:
+        code = app(arguments, prog_name="python -m blip2_edu", standalone_mode=False)
+    except typer.TyperException as error:
+        place = getattr(error, "ctx", None)
+        command = place.command_path if place else "python -m blip2_edu"
+        return fail(f"{error.format_message().rstrip('.')}. See `{command} --help`.", 2)
+    except ImportError as error:
+        return fail(f"{error} (`python -m blip2_edu doctor` tells what to install)")
+    except user_errors() as error:
+        return fail(str(error))
+    except OSError as error:
+        return fail(f"{error.filename or 'The disk'}: {error.strerror or error}")
+    if code == 130:
+        return fail("Stopped.", 130)
+    return code or 0
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """What says in one sentence what a user can mend; looked up only once something failed."""
+    from blip2_edu.data import DataError
+    from blip2_edu.images import ImageError
+    from blip2_edu.training import TrainingError
+
+    return ImageError, WeightsError, DataError, TrainingError
+
+
+def fail(message: str, code: int = 1) -> int:
+    say(message, to_stderr=True)
+    return code
+
+
+def load_model(name: str) -> "Blip2":
+    import torch
+
+    from blip2_edu.blip2 import Blip2
+
+    return Blip2.from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@app.command()
+def caption(
+    images: Annotated[
+        list[str] | None, typer.Argument(help="paths or addresses; none: the course's own photos")
+    ] = None,
+    model: Model = "mini",
+    beams: Beams = 5,
+    attention: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="draw where it looked in the first image")
+    ] = None,
+    batch_size: BatchSize = 16,
+) -> None:
+    """Say in a sentence what is in each image."""
+    if attention and attention.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
+        raise typer.BadParameter(f"{attention} should end in .png, .jpg, .pdf or .svg.")
+    from blip2_edu.evaluation import batched
+    from blip2_edu.images import ImageError, open_image
+
+    images = images or [os.path.relpath(path) for path in sorted(ROOT.glob("images/*.jpg"))]
+    blip2, first, failed = None, None, False
+    for names in batched(images, batch_size):
+        opened = {}
+        for place, name in enumerate(names):  # one damaged file does not spoil the others
+            try:
+                opened[place] = open_image(name)
+            except ImageError as error:
+                failed = bool(fail(str(error)))
+        if not opened:
+            continue
+        blip2 = blip2 or load_model(model)
+        captions = blip2.caption(list(opened.values()), num_beams=beams)
+        for place, text in zip(opened, captions, strict=True):
+            say(f"{names[place]}: {text}")
+        first = first or (opened[min(opened)], captions[0])
+    if attention and first:
+        from blip2_edu.visualize import attention_figure
+
+        attention_figure(blip2, *first).savefig(attention)
+        say(f"Where it looked in the first image: {attention}")
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def ask(
+    image: Annotated[str, typer.Argument(help="path or address")],
+    questions: Annotated[list[str], typer.Argument(help="in quotation marks")],
+    model: Model = "mini",
+    beams: Beams = 5,
+) -> None:
+    """Answer questions about an image."""
+    from blip2_edu.images import open_image
+
+    opened = open_image(image)  # before the seconds that loading takes
+    answers = load_model(model).answer(opened, questions, num_beams=beams)
+    for question, answer in zip(questions, answers, strict=True):
+        say(f"{question} {answer}")
+
+
+@app.command()
+def match(
+    image: Annotated[str, typer.Argument(help="path or address")],
+    texts: Annotated[list[str], typer.Argument(help="in quotation marks")],
+    model: Model = "mini",
+) -> None:
+    """Tell how well texts fit an image, the best first."""
+    from blip2_edu.images import open_image
+
+    opened = open_image(image)
+    scores = load_model(model).match(opened, texts)
+    say("match  similarity  text")
+    for i in scores.score.argsort(descending=True).tolist():
+        say(f"{scores.probability[i]:>5.0%}  {scores.similarity[i]:>10.2f}  {texts[i]}")
+
+
+@app.command()
+def evaluate(
+    data: Data,
+    model: Model = "mini",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="write the scores here, too")
+    ] = None,
+    rerank: Annotated[
+        int, typer.Option(min=0, help="re-rank so many best by ITM; the paper has 128, 0 is off")
+    ] = 16,
+    limit: Limit = None,
+    split: Split = "validation",
+    beams: Beams = 5,
+    batch_size: BatchSize = 16,
+    blind: Annotated[
+        str | None,
+        typer.Option(help="data whose most frequent answers are given without looking, to compare"),
+    ] = None,
+) -> None:
+    """Measure retrieval, captions, answers and speed on any data set."""
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{json_file.parent} is no folder to write into.")
+    from blip2_edu import evaluation
+    from blip2_edu.data import load_examples
+
+    train_questions = None
+    if blind:
+        train_questions = [q for some in load_examples(blind).questions for q in some]
+    blip2 = load_model(model)
+    examples, features = read(data, blip2.image_encoder, split, limit=limit)
+    scores = evaluation.evaluate(
+        blip2, examples, features, rerank, beams, batch_size, train_questions
+    )
+    for name, value in scores.items():
+        say(f"{name:<32}{value:>8.2f}")
+    if json_file:
+        settings = {"data": data, "model": model, "images": len(examples), "rerank": rerank}
+        settings |= {"beams": beams, "version": __version__}
+        json_file.write_text(json.dumps(settings | {"scores": scores}, indent=2) + "\n")
+
+
+@app.command()
+def weights() -> None:
+    """Tell which pretrained weights are here and intact, and how to get the others."""
+    problems = 0
+    for name, find in [*((n, embedded_file) for n in EMBEDDED), ("mini", checkpoint_folder)]:
+        try:
+            place = find(name)
+            size = place.stat().st_size if place.is_file() else folder_size(place)
+            say(f"ok       {name:<20}{size / 1e6:>5.0f} MB  {place}")
+        except WeightsError as error:
+            problems += 1
+            say(f"PROBLEM  {name:<20}{error}")
+    say(f"To install all three embedded models: {INSTALL}")
+    raise typer.Exit(1 if problems else 0)
+
+
+def folder_size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+@app.command()
+def doctor() -> None:
+    """Tell what is installed, what is damaged, and what will run here."""
+    from blip2_edu import doctor
+
+    raise typer.Exit(doctor.run())

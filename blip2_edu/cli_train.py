@@ -1,0 +1,271 @@
+"""The commands that train: `python -m blip2_edu train stage1|stage2`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from blip2_edu.weights import embedded_file
+
+if TYPE_CHECKING:
+    from blip2_edu.data import Examples, FeatureCache
+    from blip2_edu.stage1 import Blip2Stage1
+    from blip2_edu.text import Tokenizer
+    from blip2_edu.vision import ImageEncoder
+
+train = typer.Typer(help="Train the Q-Former: stage 1, then stage 2.", rich_markup_mode=None)
+
+SOURCE = "parquet file, image folder, hub id, or scenes:N for N drawn scenes"
+Data = Annotated[str, typer.Option(help=SOURCE)]
+Sources = Annotated[list[str], typer.Option(help=SOURCE + "; again for more")]
+Split = Annotated[str, typer.Option(help="which part, of a hub data set")]
+Limit = Annotated[int | None, typer.Option(min=1, help="use the first N examples only")]
+BatchSize = Annotated[int, typer.Option(min=1, help="images a step, on each process")]
+Folder = Annotated[Path, typer.Option(file_okay=False, help="for states, metrics and the model")]
+Encoder = Annotated[str, typer.Option(help="efficientnet-lite0, a folder, or a hub id")]
+Queries = Annotated[int, typer.Option(min=1, help="learned queries; the paper has 32")]
+Flip = Annotated[bool, typer.Option(help="also learn from mirrored images")]
+Epochs = Annotated[float, typer.Option(min=0, help="how often to go through the data")]
+Rate = Annotated[float, typer.Option(min=0, help="learning rate of what starts pretrained")]
+RateNew = Annotated[float, typer.Option(min=0, help="learning rate of what starts at random")]
+Decay = Annotated[float, typer.Option(min=0, help="weight decay, on matrices only")]
+Warmup = Annotated[float, typer.Option(min=0, max=1, help="share of the steps to warm up in")]
+Accumulate = Annotated[int, typer.Option(min=1, help="batches to a step")]
+EvaluateEvery = Annotated[int, typer.Option(min=1, help="steps between evaluations and states")]
+Seed = Annotated[int, typer.Option(min=0, help="of everything that is drawn at random")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on where a stopped run was")]
+TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="write metrics for it, too")]
+
+
+def say(text: str, to_stderr: bool = False) -> None:
+    """Print one line; a control character, which a file name can hold, becomes a `?`."""
+    typer.echo("".join(c if c.isprintable() else "?" for c in text), err=to_stderr)
+
+
+@train.command()
+def stage1(
+    data: Data,
+    validation: Data,
+    folder: Folder,
+    objectives: Annotated[str, typer.Option(help="of itc, itm and itg")] = "itc,itm,itg",
+    itm_pairs: Annotated[
+        int | None, typer.Option(min=1, help="positives a batch for ITM, the dearest; default: all")
+    ] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="folder of an earlier stage 1; default: MiniLM, a BERT")
+    ] = None,
+    queries: Queries = 16,
+    encoder: Encoder = "efficientnet-lite0",
+    flip: Flip = True,
+    limit: Limit = None,
+    validation_split: Split = "validation",
+    resume: Resume = False,
+    epochs: Epochs = 10,
+    batch_size: BatchSize = 64,
+    learning_rate: Rate = 1e-4,
+    learning_rate_new: RateNew = 3e-4,
+    weight_decay: Decay = 0.05,
+    warmup: Warmup = 0.05,
+    gradient_accumulation: Accumulate = 1,
+    evaluate_every: EvaluateEvery = 200,
+    seed: Seed = 0,
+    tensorboard: TensorBoard = False,
+) -> None:
+    """Teach the Q-Former what of an image a text would say (paper, section 3.1).
+
+    The best model, by retrieval on the validation data, ends up in the folder, ready for stage 2.
+    """
+    chosen = [name.strip() for name in objectives.split(",")]
+    if unknown := set(chosen) - {"itc", "itm", "itg"}:
+        raise typer.BadParameter(f"there is no objective {', '.join(sorted(unknown))}.")
+    import torch
+    from accelerate import PartialState
+
+    from blip2_edu.checkpoints import load_strictly, load_tensors
+    from blip2_edu.stage1 import save_stage1
+    from blip2_edu.training import Source, TrainingConfig, train_stage1
+    from blip2_edu.vision import load_image_encoder
+
+    config = TrainingConfig(
+        folder,
+        epochs,
+        batch_size,
+        learning_rate,
+        learning_rate_new,
+        weight_decay,
+        warmup,
+        gradient_accumulation=gradient_accumulation,
+        evaluate_every=evaluate_every,
+        seed=seed,
+        tensorboard=tensorboard,
+    )
+    image_encoder = load_image_encoder(encoder)
+    examples, features = read(data, image_encoder, flip=flip, limit=limit, need="captions")
+    held_out = read(validation, image_encoder, validation_split, need="captions")
+    torch.manual_seed(seed)
+    model, tokenizer, pretrained = stage1_from_minilm(queries, image_encoder.width)
+    if start_from:
+        load_strictly(model, load_tensors(start_from / "stage1.safetensors")[0])
+    say(f"Stage 1: {', '.join(chosen)} on {len(examples)} images in {len(features.views)} views.")
+    batches = Source(examples, features, batch_size, seed)
+    train_stage1(model, tokenizer, batches, held_out, pretrained, config, chosen, itm_pairs, resume)
+    if PartialState().is_main_process:
+        load_strictly(model, load_tensors(folder / "best.safetensors")[0])
+        save_stage1(model, tokenizer, folder)
+        say(f"The best model is in {folder}.")
+
+
+@train.command()
+def stage2(
+    validation: Sources,
+    folder: Folder,
+    data: Annotated[
+        list[str], typer.Option(help="with captions; sources as for stage 1, again for more")
+    ] = [],  # noqa: B006 typer copies it
+    questions: Annotated[
+        list[str], typer.Option(help="with questions; sources as for stage 1, again for more")
+    ] = [],  # noqa: B006
+    stage1: Annotated[Path | None, typer.Option(help="folder of a finished stage 1")] = None,
+    without_stage1: Annotated[
+        bool, typer.Option("--without-stage1", help="start from MiniLM, to see what stage 1 buys")
+    ] = False,
+    captions_per_image: Annotated[
+        int, typer.Option(min=1, help="that share the reading of one image in a step")
+    ] = 3,
+    questions_per_step: Annotated[int, typer.Option(min=1, help="each about another image")] = 32,
+    queries: Queries = 16,
+    encoder: Encoder = "efficientnet-lite0",
+    language_model: Annotated[
+        str, typer.Option(help="smollm2-135m, a folder, or a hub id")
+    ] = "smollm2-135m",
+    flip: Flip = True,
+    limit: Limit = None,
+    validation_split: Split = "validation",
+    validation_limit: Annotated[
+        int, typer.Option(min=1, help="images of each validation source to write about")
+    ] = 150,
+    resume: Resume = False,
+    epochs: Epochs = 5,
+    batch_size: BatchSize = 16,
+    learning_rate: Rate = 3e-4,
+    learning_rate_new: RateNew = 2e-3,
+    weight_decay: Decay = 0.05,
+    warmup: Warmup = 0.05,
+    gradient_accumulation: Accumulate = 1,
+    evaluate_every: EvaluateEvery = 200,
+    seed: Seed = 0,
+    tensorboard: TensorBoard = False,
+) -> None:
+    """Teach the Q-Former to speak to a frozen language model (paper, section 3.2).
+
+    The best model, by CIDEr and VQA accuracy on the validation data, ends up in the folder; name
+    that folder as the --model of other commands.
+    """
+    if bool(stage1) == without_stage1:
+        raise typer.BadParameter("give either --stage1 FOLDER or --without-stage1.")
+    if not data and not questions:
+        raise typer.BadParameter("give --data with captions, --questions or both.")
+    import torch
+    from accelerate import PartialState
+
+    from blip2_edu.blip2 import Blip2, Blip2Config, Prompts, load_learned
+    from blip2_edu.checkpoints import load_tensors
+    from blip2_edu.language import load_language_model
+    from blip2_edu.stage1 import load_stage1
+    from blip2_edu.training import Mixture, Source, TrainingConfig, train_stage2
+    from blip2_edu.vision import load_image_encoder
+
+    config = TrainingConfig(
+        folder,
+        epochs,
+        batch_size,
+        learning_rate,
+        learning_rate_new,
+        weight_decay,
+        warmup,
+        gradient_accumulation=gradient_accumulation,
+        evaluate_every=evaluate_every,
+        seed=seed,
+        tensorboard=tensorboard,
+    )
+    image_encoder = load_image_encoder(encoder)
+    sources = []
+    for name in data:
+        pair = read(name, image_encoder, flip=flip, limit=limit, need="captions")
+        sources.append(Source(*pair, batch_size, seed, captions_per_image))
+    for name in questions:
+        pair = read(name, image_encoder, flip=flip, limit=limit, need="questions")
+        sources.append(Source(*pair, questions_per_step, seed, ask=True))
+    held_out = [
+        read(name, image_encoder, validation_split, limit=validation_limit) for name in validation
+    ]
+    torch.manual_seed(seed)
+    if without_stage1:
+        reader, tokenizer, pretrained = stage1_from_minilm(queries, image_encoder.width)
+    else:
+        reader, tokenizer = load_stage1(stage1)
+        pretrained = set(reader.state_dict())
+    writer = load_language_model(language_model)
+    prompts = Prompts.t5() if writer.is_encoder_decoder else Prompts.opt()
+    if language_model == "smollm2-135m":
+        prompts = Prompts.smollm2()
+    model = Blip2(
+        Blip2Config(reader.config.qformer, encoder, language_model, prompts),
+        image_encoder,
+        writer,
+        reader,
+        tokenizer,
+    )
+    pretrained &= model.start_from_stage1()
+    if without_stage1:
+        model.stage1 = None  # it has learned nothing that could match or retrieve
+    images = sum(len(source.usable) for source in sources)
+    say(f"Stage 2: {len(sources)} sources, {images} images, {len(pretrained)} tensors to go on.")
+    train_stage2(model, Mixture(sources, seed), held_out, pretrained, config, resume)
+    if PartialState().is_main_process:
+        load_learned(model, load_tensors(folder / "best.safetensors")[0])
+        model.save_pretrained(folder)
+        say(f"The best model is in {folder}: try `caption --model {folder}`.")
+
+
+def read(
+    source: str,
+    encoder: "ImageEncoder",
+    split: str = "train",
+    flip: bool = False,
+    limit: int | None = None,
+    need: str | None = None,
+) -> "tuple[Examples, FeatureCache]":
+    """Examples and their features; raises DataError if they have none of what is needed."""
+    from accelerate import PartialState
+
+    from blip2_edu.data import VIEWS, DataError, load_examples, open_features
+
+    local = Path(source).exists() or source.startswith("scenes:")
+    examples = load_examples(source, "train" if local else split, limit)
+    if need and not any(getattr(examples, need)):
+        raise DataError(f"{source} has no {need}.")
+    with PartialState().main_process_first():  # the others find the features in the cache
+        features = open_features(
+            examples, encoder.to(PartialState().device), VIEWS if flip else VIEWS[:1]
+        )
+    return examples, features
+
+
+def stage1_from_minilm(
+    num_queries: int, image_width: int
+) -> "tuple[Blip2Stage1, Tokenizer, set[str]]":
+    """A stage-1 model that knows words and no images yet, and the names of what MiniLM gave."""
+    from dataclasses import replace
+
+    from blip2_edu.checkpoints import initialise_from_bert, load_tensors
+    from blip2_edu.qformer import QFormerConfig
+    from blip2_edu.stage1 import Blip2Stage1, Stage1Config
+    from blip2_edu.text import Tokenizer
+
+    file = embedded_file("minilm-l6")
+    sizes = replace(QFormerConfig.mini(), num_queries=num_queries, image_width=image_width)
+    model = Blip2Stage1(Stage1Config(sizes))
+    copied = initialise_from_bert(model.qformer, load_tensors(file)[0])
+    tokenizer = Tokenizer(file.parent / "tokenizer.json")
+    return model, tokenizer, {f"qformer.{name}" for name in copied}

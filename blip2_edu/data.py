@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 from blip2_edu.images import open_image
 from blip2_edu.scenes import scene_dataset
 from blip2_edu.vision import ImageEncoder
+from blip2_edu.weights import ROOT
 
 VIEWS = ("original", "flipped")
-CACHE_FOLDER = Path("data/cache")
+CACHE_FOLDER = ROOT / "data" / "cache"
 
 
 class DataError(ValueError):
@@ -125,7 +126,7 @@ def open_features(
     examples: Examples,
     encoder: ImageEncoder,
     views: tuple[str, ...] = VIEWS[:1],
-    folder: str | Path = CACHE_FOLDER,
+    folder: str | Path | None = None,
     batch_size: int = 32,
 ) -> FeatureCache:
     """Open the features that this encoder has of these images, computing those not there yet.
@@ -134,7 +135,7 @@ def open_features(
     something else is never found. Each row has a checksum, written after it: rows that a killed run
     left unfinished, or that were damaged since, are computed again.
     """
-    place = Path(folder) / _cache_key(examples, encoder)
+    place = Path(folder or CACHE_FOLDER) / _cache_key(examples, encoder)
     shape = (len(examples), encoder.num_features, encoder.width)
     return FeatureCache(
         [_open_view(place / view, shape, examples, encoder, view, batch_size) for view in views]

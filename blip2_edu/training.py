@@ -23,6 +23,7 @@ from blip2_edu.checkpoints import load_tensors, save_tensors
 from blip2_edu.data import Examples, FeatureCache
 from blip2_edu.evaluation import retrieval, writing_scores
 from blip2_edu.hardware import native_bfloat16
+from blip2_edu.language import split_prefix
 from blip2_edu.stage1 import OBJECTIVES, Blip2Stage1
 from blip2_edu.text import Tokenizer
 
@@ -326,11 +327,21 @@ def train_stage2(
     prompts = model.config.prompts
 
     def prepare(batch: Batch) -> dict:
+        texts = batch.texts
         if batch.questions is not None:
             asked = [model.question_prompt(question) for question in batch.questions]
         else:
             asked = [prompts.caption] * len(batch.image_features)
-        return {"image_features": batch.image_features, "prompts": asked, "texts": batch.texts}
+            if model.language_model.is_encoder_decoder:  # it reads how a caption begins
+                if len(texts) != len(asked):
+                    raise TrainingError("An encoder-decoder takes one caption an image.")
+                beginnings, texts = zip(*map(split_prefix, texts), strict=True)
+                asked = [f"{prompt} {some}" for prompt, some in zip(asked, beginnings, strict=True)]
+        return {
+            "image_features": batch.image_features,
+            "prompts": asked,
+            "texts": list(texts),
+        }
 
     def evaluate(model: Blip2) -> tuple[float, dict[str, float]]:
         scores = {}

@@ -1,3 +1,6 @@
-"""BLIP-2, step by step: a real Q-Former in a small package that reads in the order of the lessons."""
+"""BLIP-2 step by step: a small package whose Q-Former is the real one.
+
+Importing it is quick: what is heavy is imported by the module that uses it.
+"""
 
 __version__ = "0.1.0"

@@ -153,6 +153,20 @@ def test_itm_compares_positives_then_wrong_images_then_wrong_texts():
 
 
 @torch.no_grad()
+def test_itm_takes_the_most_similar_when_the_temperature_is_low():
+    """Each text gets the wrong image that fits it best, each image the wrong text."""
+    model, image = random_stage1(TINY), random_image(TINY, 6, 5)
+    ids, mask = random_text(TINY, [5, 4, 3, 5, 6, 2])
+    model.temperature.fill_(1e-5)
+    similarity = itc_similarity(model.embed_image(image), model.embed_text(ids, mask))
+    wrong = similarity - 10 * torch.eye(6)
+    pairs = matched_pairs(model, image, ids, mask)
+    assert [image for image, _ in pairs[6:12]] == wrong.argmax(dim=0).tolist()
+    assert [text for _, text in pairs[12:]] == wrong.argmax(dim=1).tolist()
+    assert wrong.argmax(dim=0).tolist() != wrong.argmax(dim=1).tolist()  # so neither is the other
+
+
+@torch.no_grad()
 def test_itm_of_some_pairs_and_of_captions_of_one_image():
     image, (ids, mask) = random_image(TINY, 4, 5), random_text(TINY, [5, 4, 3, 5])
     pairs = matched_pairs(random_stage1(TINY), image, ids, mask, itm_pairs=2)

@@ -16,12 +16,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from blip2_edu.images import open_image
+from blip2_edu.images import ImageError, open_image
 from blip2_edu.scenes import scene_dataset
 from blip2_edu.vision import ImageEncoder
 from blip2_edu.weights import ROOT
 
 VIEWS = ("original", "flipped")
+QUESTION = {"answers": [], "answer_type": "other", "question_type": ""}  # what may be left out
 CACHE_FOLDER = ROOT / "data" / "cache"
 
 
@@ -35,15 +36,18 @@ class Examples:
 
     images: Sequence  # of {"bytes", "path"}, as `datasets` stores them undecoded
     captions: list[list[str]]  # several an image; empty lists when there are none
-    questions: list[list[dict]]  # question, answer, answers, answer_type; empty when there are none
+    questions: list[list[dict]]  # question, answer and `QUESTION`; empty when there are none
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def image(self, index: int) -> Image.Image:
-        """Decode image `index` to RGB; raises ImageError if it cannot be."""
+        """Decode image `index` to RGB; raises ImageError, with the index, if it cannot be."""
         stored = self.images[index]
-        return open_image(stored["bytes"] if stored["bytes"] is not None else stored["path"])
+        try:
+            return open_image(stored["bytes"] if stored["bytes"] is not None else stored["path"])
+        except ImageError as error:
+            raise ImageError(f"Image {index} of the data set: {error}") from error
 
 
 def load_examples(source: str | Path, split: str = "train", limit: int | None = None) -> Examples:
@@ -55,7 +59,8 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
     limit   stop after so many examples; a hub data set is then streamed, not downloaded
 
     Captions may be a list or a string in `captions`, `caption` or `text`, or stand in columns
-    `caption_0`, `caption_1`, ... Raises DataError.
+    `caption_0`, `caption_1`, ...; `questions` is a list of dicts with at least `question` and
+    `answer`. Raises DataError.
     """
     from datasets import Features, load_dataset
     from datasets import Image as ImageFeature
@@ -87,9 +92,14 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
         )
     images, captions, questions = [], [], []
     for row in table:
+        if row[image_column] is None:
+            raise DataError(f"{source} has no image in row {len(images)}.")
         images.append(row[image_column])
         captions.append([text for column in columns for text in _as_list(row[column])])
-        questions.append(row.get("questions") or [])
+        asked = row.get("questions") or []
+        if not all(isinstance(q, dict) and q.get("question") and q.get("answer") for q in asked):
+            raise DataError(f"{source} has a question without text or answer in row {len(images)}.")
+        questions.append([QUESTION | question for question in asked])
     return Examples(images, captions, questions)
 
 
@@ -99,8 +109,9 @@ def _caption_columns(columns: list[str]) -> list[str]:
     return named[:1] or sorted(numbered, key=lambda c: int(c[8:]))
 
 
-def _as_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
+def _as_list(value: str | list[str] | None) -> list[str]:
+    """One text or several, less the empty ones."""
+    return [text for text in ([value] if isinstance(value, str) else value or []) if text]
 
 
 @dataclass
@@ -182,6 +193,6 @@ def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         array = np.lib.format.open_memmap(path, mode="r+")
         if array.shape == shape and array.dtype == dtype:
             return array
-    except (OSError, ValueError):  # not there, or not an array
+    except Exception:  # not there or not an array; numpy raises nearly anything on a damaged header
         pass
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)

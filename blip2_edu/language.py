@@ -104,10 +104,10 @@ class LanguageModel(nn.Module):
         is scored: queries, prompt and padding have no label.
         """
         embeddings, mask = self.embed_prompts(soft_prompt, prompts)
-        labels = self.label_ids(texts)  # (B x C, T)
         copies, rest = divmod(len(texts), len(prompts))
-        if rest:
+        if rest or not copies:
             raise ValueError(f"{len(texts)} texts do not divide among {len(prompts)} prompts")
+        labels = self.label_ids(texts)  # (B x C, T)
         if self.is_encoder_decoder:
             logits = self._encoder_decoder_logits(embeddings, mask, labels, copies)
         else:

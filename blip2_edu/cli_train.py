@@ -51,6 +51,9 @@ def stage1(
     itm_pairs: Annotated[
         int | None, typer.Option(min=1, help="positives a batch for ITM, the dearest; default: all")
     ] = None,
+    hard_negatives: Annotated[
+        bool, typer.Option(help="ITM's negatives by similarity, or at random: good to begin with")
+    ] = True,
     start_from: Annotated[
         Path | None, typer.Option(help="folder of an earlier stage 1; default: MiniLM, a BERT")
     ] = None,
@@ -108,7 +111,18 @@ def stage1(
         load_strictly(model, load_tensors(start_from / "stage1.safetensors")[0])
     say(f"Stage 1: {', '.join(chosen)} on {len(examples)} images in {len(features.views)} views.")
     batches = Source(examples, features, batch_size, seed)
-    train_stage1(model, tokenizer, batches, held_out, pretrained, config, chosen, itm_pairs, resume)
+    train_stage1(
+        model,
+        tokenizer,
+        batches,
+        held_out,
+        pretrained,
+        config,
+        chosen,
+        itm_pairs,
+        hard_negatives,
+        resume,
+    )
     if PartialState().is_main_process:
         load_strictly(model, load_tensors(folder / "best.safetensors")[0])
         save_stage1(model, tokenizer, folder)

@@ -115,12 +115,14 @@ class Blip2Stage1(nn.Module):
         image_ids: Tensor | None = None,
         objectives: Collection[str] = OBJECTIVES,
         itm_pairs: int | None = None,
+        hard_negatives: bool = True,
     ) -> dict[str, Tensor]:
         """The losses of one batch of pairs, by name; train on their sum.
 
         image_features (B, N, W); text_ids and text_mask (B, T), [CLS] first; image_ids (B,) as in
         `itc_loss`. itm_pairs limits ITM, by far the dearest of the three, to that many
-        of the B pairs and as many hard negatives of either kind.
+        of the B pairs and as many negatives of either kind; hard_negatives=False draws these at
+        random, which a matching head that knows nothing yet learns from much sooner.
         """
         image = self.project_image(image_features)
         seen = self.qformer(image)
@@ -133,6 +135,7 @@ class Blip2Stage1(nn.Module):
         if "itm" in objectives:
             with torch.no_grad():
                 similarity = itc_similarity(image_embeddings, text_embeddings) / self.temperature
+                similarity = similarity * hard_negatives  # all alike: any negative is as likely
             losses["itm"] = self._matching_loss(
                 image, text_ids, text_mask, similarity, image_ids, itm_pairs
             )

@@ -168,22 +168,26 @@ def fit(
         project_dir=config.folder,
     )
     rank, processes = accelerator.process_index, accelerator.num_processes
-    if batches.steps_per_epoch(processes) == 0:
-        raise TrainingError("The data do not fill one batch: use a smaller --batch-size.")
     steps = int(config.epochs * batches.steps_per_epoch(processes)) // config.gradient_accumulation
+    if steps == 0:
+        raise TrainingError("The data do not fill one step: use a smaller --batch-size.")
     optimizer = torch.optim.AdamW(
         parameter_groups(model, pretrained, config), betas=(0.9, 0.98), fused=True
     )
     state_file, start, best = config.folder / "state.safetensors", 0, -math.inf
     metrics_file = config.folder / "metrics.jsonl"
     model.to(accelerator.device)
-    if resume:
+    if resume and not config.folder.exists():
+        raise TrainingError(f"There is no run in {config.folder} to resume.")
+    if resume and state_file.exists():  # else it was killed before its first state
         start, best = load_state(state_file, model, optimizer)
-        keep_metrics_before(metrics_file, start)
     elif state_file.exists():
         raise TrainingError(
             f"{config.folder} holds a run already: add --resume, or name another folder."
         )
+    if accelerator.is_main_process:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        keep_metrics_before(metrics_file, start)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     if config.tensorboard:
         accelerator.init_trackers("")
@@ -195,7 +199,6 @@ def fit(
         if config.tensorboard:
             accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step)
 
-    config.folder.mkdir(parents=True, exist_ok=True)
     bar = tqdm(
         range(start, steps), initial=start, total=steps, disable=not accelerator.is_main_process
     )
@@ -216,7 +219,9 @@ def fit(
                 if not torch.isfinite(loss):
                     raise TrainingError(_not_finite(losses, step, state_file))
                 accelerator.backward(loss)
-        accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+        if not torch.isfinite(norm):  # a step with it would make every parameter NaN
+            raise TrainingError(_not_finite({"gradient": norm}, step, state_file))
         optimizer.step()
         optimizer.zero_grad()
         values = {name: value.item() for name, value in losses.items()}
@@ -256,28 +261,38 @@ def save_state(
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Put back what `save_state` wrote; returns the step to go on with and the best score yet."""
+    """Put back what `save_state` wrote; returns the step to go on with and the best score yet.
+
+    Raises TrainingError if it is the state of another model.
+    """
     tensors, metadata = load_tensors(path)
-    for name, parameter in trainable_state(model).items():
-        parameter.data.copy_(tensors.pop(f"model.{name}"))
-        optimizer.state[parameter] = {
-            moment: tensors.pop(f"optimizer.{moment}.{name}").to(parameter.device)
-            for moment in ("step", "exp_avg", "exp_avg_sq")
-        }
+    parameters = trainable_state(model)
+    saved = {name: x.shape for name, x in tensors.items() if name.startswith("model.")}
+    if saved != {f"model.{name}": parameter.shape for name, parameter in parameters.items()}:
+        raise TrainingError(f"{path} is of another model: resume with the options of its run.")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[f"model.{name}"])
+        if f"optimizer.step.{name}" in tensors:  # not of a head whose objective is left out
+            optimizer.state[parameter] = {
+                moment: tensors[f"optimizer.{moment}.{name}"].to(parameter.device)
+                for moment in ("step", "exp_avg", "exp_avg_sq")
+            }
     return int(metadata["step"]), float(metadata["best"])
 
 
 def keep_metrics_before(path: Path, step: int) -> None:
-    """Drop the lines that a killed run wrote after its last saved state."""
+    """Drop the lines that a killed run wrote after its last saved state, the last perhaps half."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step]
-        path.write_text("".join(line + "\n" for line in lines))
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(line for line in whole if json.loads(line)["step"] < step))
+        aside.replace(path)
 
 
 def _not_finite(losses: dict[str, Tensor], step: int, state_file: Path) -> str:
     values = ", ".join(f"{name} {value.item()}" for name, value in losses.items())
     kept = f"the state in {state_file} is from before" if state_file.exists() else "no state yet"
-    return f"The loss is not finite at step {step} ({values}); {kept}: try a lower learning rate."
+    return f"Not a finite number at step {step} ({values}); {kept}: try a lower learning rate."
 
 
 def train_stage1(
@@ -289,6 +304,7 @@ def train_stage1(
     config: TrainingConfig,
     objectives: Collection[str] = OBJECTIVES,
     itm_pairs: int | None = None,
+    hard_negatives: bool = True,
     resume: bool = False,
 ) -> Blip2Stage1:
     """Stage 1 (paper, section 3.1); the best model is the one with the highest TR@1 + IR@1."""
@@ -302,6 +318,7 @@ def train_stage1(
             "image_ids": batch.image_ids,
             "objectives": objectives,
             "itm_pairs": itm_pairs,
+            "hard_negatives": hard_negatives,
         }
 
     def evaluate(model: Blip2Stage1) -> tuple[float, dict[str, float]]:

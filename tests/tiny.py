@@ -1,6 +1,7 @@
 """Tiny stand-ins for what is large: a tokenizer of a few words, random numbers as features."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from torch import nn
 
 from blip2_edu.data import Examples, FeatureCache
 from blip2_edu.qformer import QFormerConfig
-from blip2_edu.stage1 import Blip2Stage1, Stage1Config
+from blip2_edu.stage1 import OBJECTIVES, Blip2Stage1, Stage1Config
 from blip2_edu.text import Tokenizer
+from blip2_edu.training import Source, TrainingConfig, train_stage1
 from blip2_edu.vision import ImageEncoder
 
 WORDS = (
@@ -49,9 +51,26 @@ def random_features(images: int, views: int = 1, seed: int = 0) -> FeatureCache:
     return FeatureCache([draw.standard_normal(shape).astype(np.float16) for _ in range(views)])
 
 
-def stage1(seed: int = 0) -> Blip2Stage1:
+def stage1(seed: int = 0, dropout: float = 0.1) -> Blip2Stage1:
     torch.manual_seed(seed)
-    return Blip2Stage1(Stage1Config(QFormerConfig.tiny(), projection_width=16))
+    sizes = replace(QFormerConfig.tiny(), dropout=dropout, attention_dropout=dropout)
+    return Blip2Stage1(Stage1Config(sizes, projection_width=16))
+
+
+def run_stage1(
+    folder: Path,
+    resume: bool = False,
+    objectives: tuple[str, ...] = OBJECTIVES,
+    epochs: int = 8,
+) -> None:
+    """Five steps an epoch; the same everywhere, whatever else the process did."""
+    folder.parent.mkdir(exist_ok=True)
+    batches = Source(captioned(20), random_features(20, 2), batch_size=4)
+    held_out = (captioned(6, seed=1), random_features(6, seed=1))
+    config = TrainingConfig(folder, epochs, 4, learning_rate_new=1e-3, evaluate_every=7)
+    words = tokenizer(folder.parent)
+    pretrained = {"qformer.norm.weight"}
+    train_stage1(stage1(), words, batches, held_out, pretrained, config, objectives, resume=resume)
 
 
 class Corners(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blip2_edu.checkpoints import from_transformers, load_strictly, load_tensors, save_tensors
 from blip2_edu.images import open_image
-from blip2_edu.language import IMAGE, LanguageModel, load_language_model
+from blip2_edu.language import IMAGE, LanguageModel, load_language_model, load_tokenizer
 from blip2_edu.objectives import itc_similarity
 from blip2_edu.qformer import QFormer, QFormerConfig
 from blip2_edu.stage1 import Blip2Stage1, load_stage1, save_stage1
@@ -71,6 +71,15 @@ class Blip2Config:
     prompts: Prompts = field(default_factory=Prompts.smollm2)
     norm_image_features: bool = True
     norm_soft_prompt: bool = True
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Blip2Config":
+        """The inverse of `dataclasses.asdict`."""
+        parts = {
+            "qformer": QFormerConfig(**values["qformer"]),
+            "prompts": Prompts(**values["prompts"]),
+        }
+        return cls(**values | parts)
 
 
 class Blip2(nn.Module):
@@ -175,8 +184,8 @@ class Blip2(nn.Module):
     @torch.no_grad()
     def embed_text(self, texts: str | Sequence[str]) -> Tensor:
         """Unit vectors (T, P), one for each text."""
-        ids, mask = self.tokenizer(as_list(texts))
-        return self._retriever().embed_text(ids.to(self.device), mask.to(self.device))
+        model, (ids, mask) = self._retriever(), self.tokenizer(as_list(texts))
+        return model.embed_text(ids.to(self.device), mask.to(self.device))
 
     @torch.no_grad()
     def match(self, image: ImageSource, texts: str | Sequence[str]) -> "MatchScores":
@@ -212,17 +221,12 @@ class Blip2(nn.Module):
         folder = checkpoint_folder(name)
         try:
             values = json.loads((folder / "config.json").read_text())
-            if values.get("model_type") == "blip-2":
-                return load_published(name, folder)
-            config = Blip2Config(
-                **values
-                | {
-                    "qformer": QFormerConfig(**values["qformer"]),
-                    "prompts": Prompts(**values["prompts"]),
-                }
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            published = values.get("model_type") == "blip-2"
+            config = None if published else Blip2Config.from_dict(values)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{folder} holds no config.json of a BLIP-2: {error}") from error
+        if published:
+            return load_published(name, folder)
         stage1, tokenizer = (
             load_stage1(folder) if (folder / "stage1.json").exists() else (None, None)
         )
@@ -267,11 +271,11 @@ def load_published(name: str | Path, folder: Path) -> Blip2:
 
     Its Q-Former and queries are kept in the precision of the files, float32 for the published ones.
     """
-    from transformers import AutoTokenizer, Blip2ForConditionalGeneration
+    from transformers import Blip2ForConditionalGeneration
 
     with loading(name, "BLIP-2"):
         theirs = load_whole(Blip2ForConditionalGeneration, folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
     sizes = theirs.config.qformer_config
     decoder_only = not theirs.language_model.config.is_encoder_decoder
     config = Blip2Config(
@@ -296,7 +300,9 @@ def load_published(name: str | Path, folder: Path) -> Blip2:
         from_vision_tower(str(name), theirs.vision_model),
         LanguageModel(str(name), theirs.language_model, tokenizer, config.prompts.end_of_text),
     )
-    load_learned(model, from_transformers(theirs.state_dict())[0])
+    state, _ = from_transformers(theirs.state_dict())
+    # Their image norm is the last layer of the vision tower, and so of our encoder.
+    load_learned(model, {k: x for k, x in state.items() if not k.startswith("image_norm.")})
     return model.eval()
 
 

@@ -193,15 +193,25 @@ def load_language_model(
 
     Raises WeightsError if the weights cannot be had or are not a language model's.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     folder = _converted_smollm2() if name == "smollm2-135m" else checkpoint_folder(name)
     with loading(name, "language model"):
         config = AutoConfig.from_pretrained(folder)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         network = load_whole(auto, folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
     return LanguageModel(name, network, tokenizer, end_of_text)
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a folder; where its files are missing transformers makes an empty one up."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.encode("a", add_special_tokens=False):
+        raise WeightsError(f"{folder} has no tokenizer.")
+    return tokenizer
 
 
 def _converted_smollm2() -> Path:

@@ -24,7 +24,10 @@ class Tokenizer:
         if not file.is_file():
             raise WeightsError(f"The tokenizer {file} is missing: fetch the checkpoint again.")
         self.file = file
-        self.pieces = WordPieces.from_file(str(file))
+        try:
+            self.pieces = WordPieces.from_file(str(file))
+        except Exception as error:  # tokenizers has no class of its own for what it cannot read
+            raise WeightsError(f"{file} is no tokenizer: {error}") from error
         self.pieces.enable_truncation(max_tokens)
         self.pieces.enable_padding()
 

@@ -36,12 +36,14 @@ KINDS = ("llama", "opt", "t5")  # nothing is added to a text; a first token; a l
 
 
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
-    """Every byte is a token, so that any text survives the round trip."""
+    """Every byte is a token; one that is not ASCII stays a letter of its own when decoded."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
     pieces = Pieces(models.BPE(vocabulary, []))
     pieces.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    pieces.decoder = decoders.ByteLevel()
+    pieces.decoder = decoders.Sequence(
+        [decoders.Fuse(), decoders.Replace("Ġ", " "), decoders.Replace("Ċ", "\n")]
+    )
     if kind != "llama":
         template = {"opt": "<s> $A", "t5": "$A </s>"}[kind]
         added = [("<s>", START)] if kind == "opt" else [("</s>", END)]
@@ -146,4 +148,5 @@ def blip2(folder: Path, kind: str = "llama", seed: int = 5) -> Blip2:
     torch.manual_seed(seed)
     model = Blip2(config, encoder, language, stage1, tiny.tokenizer(folder))
     randomise(model.qformer, seed)
+    model.soft_prompt_norm.weight.data *= 8  # so that an untrained language model cannot miss it
     return model.eval()

@@ -1,0 +1,345 @@
+"""The whole model: round trips, what learns and what does not, and the published form."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_models
+import torch
+from PIL import Image
+from samples import randomise
+from test_vision import state_hash
+from transformers import Blip2Config as TheirConfig
+from transformers import Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig
+
+from blip2_edu.blip2 import Blip2, Blip2Config, Prompts, learned_state
+from blip2_edu.images import ImageError
+from blip2_edu.training import TrainingConfig, parameter_groups
+from blip2_edu.weights import WeightsError
+
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+SHORT = {"max_new_tokens": 6}
+
+
+def photos(count: int, seed: int = 0) -> list[Image.Image]:
+    """Noise of many sizes and shapes."""
+    draw = np.random.default_rng(seed)
+    sizes = draw.integers(8, 90, size=(count, 2))
+    return [Image.fromarray(draw.integers(256, size=(*size, 3), dtype=np.uint8)) for size in sizes]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Blip2:
+    return small_models.blip2(tmp_path_factory.mktemp("blip2"))
+
+
+@pytest.fixture
+def saved(model, tmp_path) -> Path:
+    model.save_pretrained(tmp_path / "saved", torch.float32)
+    return tmp_path / "saved"
+
+
+def test_captions(model):
+    images = photos(3)
+    captions = model.caption(images, **SHORT)
+    assert len(captions) == 3 and len(set(captions)) > 1
+    assert model.caption(images[1], **SHORT) == captions[1:2]
+
+
+def test_sixteen_photos_in_one_batch_equal_one_at_a_time(model):
+    images = photos(16)
+    questions = [f"what is {'very ' * (i % 4)}odd here?" for i in range(16)]
+    for settings in (SHORT, SHORT | {"num_beams": 1}):
+        one_by_one = [model.caption(image, **settings)[0] for image in images]
+        assert model.caption(images, **settings) == one_by_one
+        answers = [
+            model.answer(i, q, **settings)[0] for i, q in zip(images, questions, strict=True)
+        ]
+        assert model.answer(images, questions, **settings) == answers
+    embedded = model.embed_image(images)
+    for image, expected in zip(images, embedded, strict=True):
+        torch.testing.assert_close(model.embed_image(image)[0], expected, **CLOSE)
+
+
+def test_answers(model):
+    images, questions = photos(2), ["what is it?", "how many?"]
+    answers = model.answer(images, questions, **SHORT)
+    assert len(answers) == 2
+    assert model.answer(images[0], questions, **SHORT)[0] == answers[0]
+    assert len(model.answer(images[0], "what?", **SHORT)) == 1
+    with pytest.raises(ValueError, match="2 images do not go with 3 questions"):
+        model.answer(images, ["a?", "b?", "c?"])
+
+
+def test_decoding_is_five_beams_unless_told(model):
+    image = photos(1, seed=3)
+    five = model.caption(image, num_beams=5, do_sample=False, max_new_tokens=32)
+    assert model.caption(image) == five
+    assert model.caption(image, num_beams=1) != five
+
+
+def test_a_question_is_only_text(model):
+    prompt = model.question_prompt("is {image} in\n{question}  there?")
+    assert prompt == "{image}Q: is image in {question} there? A:"
+    for odd in ("", "$x$ <b>", "?" * 200, "\u4e2d\u6587 \U0001f408"):
+        assert len(model.answer(photos(1), odd, **SHORT)) == 1
+
+
+def test_embeddings_and_matches(model):
+    images, texts = photos(2), ["a dog", "the red car in snow", "grass"]
+    image, text = model.embed_image(images), model.embed_text(texts)
+    assert image.shape == (2, small_models.QFORMER.num_queries, 16) and text.shape == (3, 16)
+    for x in (image, text):
+        torch.testing.assert_close(x.norm(dim=-1), torch.ones(x.shape[:-1]), **CLOSE)
+    scores = model.match(images[1], texts)
+    torch.testing.assert_close(scores.similarity, (image[1] @ text.T).amax(dim=0), **CLOSE)
+    logit = torch.logit(scores.probability.double())
+    assert scores.probability.shape == scores.score.shape == (3,)
+    assert ((0 < scores.probability) & (scores.probability < 1)).all()
+    for i, one in enumerate(texts):  # neither the other texts nor their padding matter
+        alone = model.match(images[1], one)
+        torch.testing.assert_close(alone.score, scores.score[i : i + 1], **CLOSE)
+        torch.testing.assert_close(alone.probability, scores.probability[i : i + 1], **CLOSE)
+    ids, mask = model.tokenizer(texts)
+    features = model.encode_images(images[1]).expand(3, -1, -1)
+    logits = model.stage1.match(model.stage1.project_image(features), ids, mask)
+    torch.testing.assert_close(scores.score, logits[:, 1] + scores.similarity, **CLOSE)
+    torch.testing.assert_close(logit, (logits[:, 1] - logits[:, 0]).double(), atol=1e-4, rtol=1e-4)
+
+
+def test_a_bad_image_is_an_image_error(model, tmp_path):
+    for use in (model.caption, model.embed_image, lambda image: model.match(image, "a dog")):
+        with pytest.raises(ImageError):
+            use(tmp_path / "none.jpg")
+
+
+def test_without_stage_1_it_writes_but_does_not_match(model):
+    writer = Blip2(model.config, model.image_encoder, model.language_model)
+    writer.load_state_dict(learned_state(model), strict=False)
+    assert writer.caption(photos(2), **SHORT) == model.caption(photos(2), **SHORT)
+    for use in (writer.embed_image, writer.embed_text, lambda x: writer.match(x, "a dog")):
+        with pytest.raises(WeightsError, match="no stage-1 heads"):
+            use(photos(1)[0] if use != writer.embed_text else "a dog")
+
+
+def test_round_trip(model, saved):
+    again = Blip2.from_pretrained(saved)
+    assert again.config == model.config and not again.training
+    assert {p.name for p in saved.iterdir()} == {
+        "config.json",
+        "stage1.json",
+        "stage1.safetensors",
+        "stage2.safetensors",
+        "tokenizer.json",
+    }
+    assert state_hash(again) == state_hash(model)
+    images, texts = photos(2), ["a dog", "a red car"]
+    assert again.caption(images) == model.caption(images)
+    assert torch.equal(again.match(images[0], texts).score, model.match(images[0], texts).score)
+
+
+def test_round_trip_in_half_precision(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = Blip2.from_pretrained(tmp_path)
+    assert all(p.dtype == torch.float32 for p in again.parameters())
+    before, after = learned_state(model), learned_state(again)
+    assert before.keys() == after.keys()
+    for name, x in before.items():
+        assert torch.equal(x.half().float(), after[name])
+
+
+def test_round_trip_without_stage_1(model, tmp_path):
+    writer = Blip2(model.config, model.image_encoder, model.language_model).eval()
+    writer.save_pretrained(tmp_path, torch.float32)
+    again = Blip2.from_pretrained(tmp_path)
+    assert again.stage1 is None
+    assert again.caption(photos(1)) == writer.caption(photos(1))
+
+
+def test_start_from_stage_1(model):
+    fresh = Blip2(model.config, model.image_encoder, model.language_model, model.stage1)
+    copied = fresh.start_from_stage1()
+    state = fresh.state_dict()
+    assert copied == {k for k in state if k.split(".")[0] in ("qformer", "image_norm")}
+    learned = model.stage1.state_dict()
+    assert all(torch.equal(state[name], learned[name]) for name in copied)
+
+
+def test_only_the_bridge_learns(model):
+    """The optimiser's list, by hand; then a step of training moves all of it and nothing else."""
+    parts = ("image_norm", "qformer", "language_projection", "soft_prompt_norm")
+    trained = Blip2(model.config, model.image_encoder, model.language_model, model.stage1).train()
+    groups = parameter_groups(trained, set(), TrainingConfig(Path()))
+    names = {parameter: name for name, parameter in trained.named_parameters()}
+    listed = [names[p] for group in groups for p in group["params"]]
+    expected = {
+        f"{part}.{n}" for part in parts for n, _ in getattr(trained, part).named_parameters()
+    }
+    assert len(listed) == len(set(listed)) and set(listed) == expected
+
+    frozen = trained.image_encoder, trained.language_model, trained.stage1
+    hashes = [state_hash(part) for part in frozen]
+    before = {name: x.clone() for name, x in learned_state(trained).items()}
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    features = trained.encode_images(photos(2))
+    losses = trained(features, [trained.config.prompts.caption] * 2, ["a dog", "a car", "b", "c"])
+    sum(losses.values()).backward()
+    optimizer.step()
+    assert [state_hash(part) for part in frozen] == hashes
+    unmoved = [n for n, x in learned_state(trained).items() if torch.equal(x, before[n])]
+    # A bias on all keys alike moves no softmax, so it has no gradient but rounding.
+    assert not [name for name in unmoved if not name.endswith("attention.key.bias")]
+
+
+def test_the_soft_prompt_starts_as_large_as_the_words(model):
+    fresh = Blip2(model.config, model.image_encoder, model.language_model)
+    words = model.language_model.network.get_input_embeddings().weight
+    soft = fresh.soft_prompt(model.encode_images(photos(4)))
+    torch.testing.assert_close(soft.std(), words.std(), atol=0, rtol=0.05)
+
+
+DAMAGES = {
+    "no folder": None,
+    "a file instead": None,
+    "empty folder": None,
+    "no config": "config.json",
+    "text as config": "config.json",
+    "a list as config": "config.json",
+    "unknown setting": "config.json",
+    "another size": "stage2.safetensors",
+    "no stage2": "stage2.safetensors",
+    "truncated stage2": "stage2.safetensors",
+    "truncated stage1": "stage1.safetensors",
+    "text as stage1": "stage1.json",
+    "no tokenizer": "tokenizer.json",
+    "text as tokenizer": "tokenizer.json",
+    "no language model": "config.json",
+    "no encoder": "config.json",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_wrong_checkpoint_is_one_sentence(damage, model, saved, tmp_path):
+    file = saved / (DAMAGES[damage] or "config.json")
+    values = asdict(model.config)
+    if damage == "no folder":
+        saved = tmp_path / "nowhere"
+    elif damage == "a file instead":
+        saved = file
+    elif damage == "empty folder":
+        saved = tmp_path / "empty"
+        saved.mkdir()
+    elif damage.startswith("no ") and "model" not in damage and "encoder" not in damage:
+        file.unlink()
+    elif damage.startswith("truncated"):
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage.startswith("text as"):
+        file.write_text("Dear reader,\n\nthis is a letter.\n")
+    elif damage == "a list as config":
+        file.write_text("[1, 2]")
+    elif damage == "unknown setting":
+        file.write_text(json.dumps(values | {"colour": "red"}))
+    elif damage == "another size":
+        wider = replace(model.config, qformer=replace(model.config.qformer, feed_forward_width=50))
+        Blip2(wider, model.image_encoder, model.language_model).save_pretrained(saved)
+        (saved / "config.json").write_text(json.dumps(values))
+    elif damage == "no language model":
+        file.write_text(json.dumps(values | {"language_model": str(tmp_path / "gone")}))
+    elif damage == "no encoder":
+        file.write_text(json.dumps(values | {"image_encoder": str(tmp_path / "gone")}))
+    with pytest.raises(WeightsError) as error:
+        Blip2.from_pretrained(saved)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+PUBLISHED = ("opt", "t5")
+
+
+def published(kind: str) -> Blip2ForConditionalGeneration:
+    sizes = small_models.QFORMER
+    qformer = Blip2QFormerConfig(
+        hidden_size=sizes.width,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        intermediate_size=sizes.feed_forward_width,
+        encoder_hidden_size=sizes.image_width,
+        cross_attention_frequency=sizes.cross_attention_every,
+    )
+    config = TheirConfig(
+        vision_config=small_models.vision_config(Blip2VisionConfig),
+        qformer_config=qformer,
+        text_config=small_models.language_config(kind),
+        num_query_tokens=sizes.num_queries,
+        image_token_index=small_models.IMAGE,
+    )
+    theirs = randomise(Blip2ForConditionalGeneration(config), seed=7).eval()
+    theirs.language_projection.weight.data *= 8  # an untrained language model must not miss it
+    return theirs
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_a_published_model_equals_transformers(kind, tmp_path):
+    """The soft prompt, and what is written; their processor puts the image first, then BOS."""
+    theirs, tokenizer = published(kind), small_models.tokenizer(kind)
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ours = Blip2.from_pretrained(tmp_path)
+    assert ours.config.prompts == (Prompts.opt() if kind == "opt" else Prompts.t5())
+
+    images = photos(3)
+    pixels = ours.image_encoder.preprocess(images)
+    soft = theirs.get_image_features(pixels).pooler_output
+    torch.testing.assert_close(ours.soft_prompt(ours.encode_images(images)), soft, **CLOSE)
+
+    question = {"opt": "Question: what? Answer:", "t5": "Question: what? Short answer:"}[kind]
+    for words, use in (
+        ("", lambda **settings: ours.caption(images, **settings)),
+        (question, lambda **settings: ours.answer(images, ["what?"] * 3, **settings)),
+    ):
+        image_tokens = [small_models.IMAGE] * small_models.QFORMER.num_queries
+        ids = torch.tensor([image_tokens + tokenizer(words).input_ids] * 3)
+        for settings in ({"num_beams": 1}, {"num_beams": 5, "length_penalty": -1.0}):
+            settings = settings | {"do_sample": False, "max_new_tokens": 8}
+            expected = theirs.generate(
+                pixels,
+                input_ids=ids,
+                eos_token_id=ours.language_model.end_token,
+                pad_token_id=small_models.PAD,
+                **settings,
+            )
+            if kind == "opt":  # theirs begins with the prompt
+                expected = expected[:, ids.shape[1] :]
+            expected = [
+                text.strip() for text in tokenizer.batch_decode(expected, skip_special_tokens=True)
+            ]
+            assert use(**settings) == expected
+            assert len(set(expected)) > 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a tensor less", "no tokenizer"])
+def test_a_damaged_published_model_is_one_sentence(damage, tmp_path):
+    theirs = published("opt")
+    if damage == "a tensor less":
+        state = theirs.state_dict()
+        del state["qformer.layernorm.weight"]
+        theirs.save_pretrained(tmp_path, state_dict=state)
+    else:
+        theirs.save_pretrained(tmp_path)
+    if damage != "no tokenizer":
+        small_models.tokenizer("opt").save_pretrained(tmp_path)
+    if damage == "truncated":
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(WeightsError) as error:
+        Blip2.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_prompts():
+    for prompts in (Prompts.opt(), Prompts.t5(), Prompts.smollm2()):
+        for prompt in (prompts.caption, prompts.question):
+            assert prompt.count("{image}") == 1
+        assert prompts.question.count("{question}") == 1 and "{question}" not in prompts.caption
+    assert Blip2Config(small_models.QFORMER).prompts == Prompts.smollm2()

@@ -76,20 +76,29 @@ def attention_figure(
     panels = {"maximum over queries": maps.amax(dim=0), "mean over queries": maps.mean(dim=0)}
     for query in peaks.argsort(descending=True)[:num_queries].tolist():
         panels[f"query {query}"] = maps[query]
+    titles = [f"{name}, up to {attention.max():.2f}" for name, attention in panels.items()]
+    overlays = [overlay(image, attention) for attention in panels.values()]
+    figure = gallery_figure([image, *overlays], ["photograph", *titles], fontsize=9)
+    figure.suptitle(plain(caption), fontsize=13, parse_math=False)
+    return figure
 
-    columns = min(4, len(panels) + 1)
-    rows = -(-(len(panels) + 1) // columns)
-    height = 2.5 * min(image.height / image.width, 1.5) + 0.3
-    figure = Figure(figsize=(2.5 * columns, height * rows + 0.5), layout="constrained")
+
+def gallery_figure(
+    images: Sequence[ImageSource], titles: Sequence[str], columns: int = 4, fontsize: int = 10
+) -> Figure:
+    """Pictures in rows, each under its title, which is drawn as it is."""
+    images = [open_image(image) for image in images]
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    aspect = min(max(image.height / image.width for image in images), 1.5)
+    size = (2.6 * columns, (2.6 * aspect + 0.4) * rows + 0.4)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax in axes:
         ax.axis("off")
-    axes[0].imshow(image)
-    axes[0].set_title("photograph", fontsize=9)
-    for ax, (name, attention) in zip(axes[1:], panels.items(), strict=False):
-        ax.imshow(overlay(image, attention))
-        ax.set_title(f"{name}, up to {attention.max():.2f}", fontsize=9)
-    figure.suptitle(plain(caption), fontsize=13, parse_math=False)
+    for ax, image, title in zip(axes, images, titles, strict=False):
+        ax.imshow(image)
+        ax.set_title(plain(title, 300 // fontsize), fontsize=fontsize, parse_math=False)
     return figure
 
 

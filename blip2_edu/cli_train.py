@@ -93,7 +93,6 @@ def stage1(
     config = TrainingConfig(
         folder,
         epochs,
-        batch_size,
         learning_rate,
         learning_rate_new,
         weight_decay,
@@ -193,7 +192,6 @@ def stage2(
     config = TrainingConfig(
         folder,
         epochs,
-        batch_size,
         learning_rate,
         learning_rate_new,
         weight_decay,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -38,7 +38,6 @@ class TrainingConfig:
 
     folder: Path
     epochs: float = 10
-    batch_size: int = 64  # on each process
     learning_rate: float = 1e-4  # of parameters that start pretrained
     learning_rate_new: float = 3e-4  # of parameters that start random
     weight_decay: float = 0.05
@@ -163,7 +162,7 @@ def fit(
     Raises TrainingError when the loss is not finite or there is nothing to resume.
     """
     accelerator = Accelerator(
-        mixed_precision="bf16" if native_bfloat16(Accelerator().device) else "no",
+        mixed_precision="bf16" if native_bfloat16(PartialState().device) else "no",
         log_with="tensorboard" if config.tensorboard else None,
         project_dir=config.folder,
     )

@@ -395,13 +395,12 @@ def test_options_reach_the_configuration(capsys, small, monkeypatch, tmp_path):
     seen = {}
 
     def train(model, tokenizer, batches, validation, pretrained, config, *rest):
-        seen.update(config=config, rest=rest)
+        seen.update(config=config, batches=batches, rest=rest)
         raise training.TrainingError("enough")
 
     monkeypatch.setattr(training, "train_stage1", train)
     options = {
         "epochs": 2.5,
-        "batch_size": 3,
         "learning_rate": 0.1,
         "learning_rate_new": 0.2,
         "weight_decay": 0.3,
@@ -411,9 +410,11 @@ def test_options_reach_the_configuration(capsys, small, monkeypatch, tmp_path):
         "seed": 7,
     }
     words = [w for name, x in options.items() for w in (f"--{name.replace('_', '-')}", str(x))]
+    words += ["--batch-size", "3"]
     run(capsys, *STAGE1, *words, "--tensorboard", "--itm-pairs", "2", "--objectives", "itm,itc")
     expected = training.TrainingConfig(Path("run"), tensorboard=True, **options)
     assert seen["config"] == expected
+    assert seen["batches"].batch_size == 3
     assert seen["rest"] == (["itm", "itc"], 2, True, False)
 
 

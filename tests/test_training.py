@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +74,7 @@ class Points:
 
 
 def config(folder: Path, **settings) -> TrainingConfig:
-    return TrainingConfig(folder, **{"epochs": 4, "evaluate_every": 2, "batch_size": 4} | settings)
+    return TrainingConfig(folder, **{"epochs": 4, "evaluate_every": 2} | settings)
 
 
 def fit_line(folder: Path, batches=None, resume: bool = False, **settings) -> nn.Module:
@@ -95,6 +97,26 @@ def test_every_step_has_a_line_and_every_evaluation(tmp_path):
     fit_line(tmp_path)
     assert [line["step"] for line in metrics(tmp_path, "train")] == list(range(20))
     assert [line["step"] for line in metrics(tmp_path, "evaluation")] == list(range(1, 20, 2))
+
+
+BFLOAT16 = """
+import sys
+from pathlib import Path
+from accelerate.state import AcceleratorState
+from blip2_edu import training
+import tiny
+training.native_bfloat16 = lambda device: True
+tiny.run_stage1(Path(sys.argv[1]) / "run", epochs=1)
+print(AcceleratorState().mixed_precision)
+"""
+
+
+def test_a_device_with_bfloat16_is_used_so(tmp_path):
+    """In a process of its own: Accelerate settles the precision once and for all."""
+    command = [sys.executable, "-c", BFLOAT16, str(tmp_path)]
+    folder = Path(__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip().endswith("bf16"), done.stderr[-2000:]
 
 
 def test_the_best_model_is_kept(tmp_path):
@@ -390,7 +412,7 @@ def test_an_objective_left_out_can_be_resumed(tmp_path, monkeypatch):
 
 def test_stage1_learns_eight_pairs_by_heart(tmp_path):
     examples, features = tiny.captioned(8, captions=1), tiny.random_features(8)
-    settings = {"epochs": 60, "evaluate_every": 60, "learning_rate_new": 1e-3, "batch_size": 8}
+    settings = {"epochs": 60, "evaluate_every": 60, "learning_rate_new": 1e-3}
     train_stage1(
         tiny.stage1(dropout=0.0),
         tiny.tokenizer(tmp_path),

@@ -67,7 +67,7 @@ def run_stage1(
     folder.parent.mkdir(exist_ok=True)
     batches = Source(captioned(20), random_features(20, 2), batch_size=4)
     held_out = (captioned(6, seed=1), random_features(6, seed=1))
-    config = TrainingConfig(folder, epochs, 4, learning_rate_new=1e-3, evaluate_every=7)
+    config = TrainingConfig(folder, epochs, learning_rate_new=1e-3, evaluate_every=7)
     words = tokenizer(folder.parent)
     pretrained = {"qformer.norm.weight"}
     train_stage1(stage1(), words, batches, held_out, pretrained, config, objectives, resume=resume)

@@ -24,7 +24,11 @@ BatchSize = Annotated[int, typer.Option(min=1, help="images a step, on each proc
 Folder = Annotated[Path, typer.Option(file_okay=False, help="for states, metrics and the model")]
 Encoder = Annotated[str, typer.Option(help="efficientnet-lite0, a folder, or a hub id")]
 Queries = Annotated[int, typer.Option(min=1, help="learned queries; the paper has 32")]
-Flip = Annotated[bool, typer.Option(help="also learn from mirrored images")]
+Views = Annotated[
+    int, typer.Option(min=1, help="1: the images, 2: and mirrored, more: and random crops")
+]
+Keep = Annotated[int | None, typer.Option(min=1, help="patches of an image to learn from a step")]
+Share = Annotated[float, typer.Option(min=0, help="batches of each further source for one")]
 Epochs = Annotated[float, typer.Option(min=0, help="how often to go through the data")]
 Rate = Annotated[float, typer.Option(min=0, help="learning rate of what starts pretrained")]
 RateNew = Annotated[float, typer.Option(min=0, help="learning rate of what starts at random")]
@@ -45,7 +49,7 @@ def say(text: str, to_stderr: bool = False) -> None:
 
 @train.command()
 def stage1(
-    data: Data,
+    data: Sources,
     validation: Data,
     folder: Folder,
     objectives: Annotated[str, typer.Option(help="of itc, itm and itg")] = "itc,itm,itg",
@@ -60,7 +64,9 @@ def stage1(
     ] = None,
     queries: Queries = 16,
     encoder: Encoder = "efficientnet-lite0",
-    flip: Flip = True,
+    views: Views = 2,
+    keep_patches: Keep = None,
+    share: Share = 0.5,
     limit: Limit = None,
     validation_split: Split = "validation",
     resume: Resume = False,
@@ -87,7 +93,7 @@ def stage1(
 
     from blip2_edu.checkpoints import load_strictly, load_tensors
     from blip2_edu.stage1 import save_stage1
-    from blip2_edu.training import Source, TrainingConfig, train_stage1
+    from blip2_edu.training import Mixture, Source, TrainingConfig, train_stage1
     from blip2_edu.vision import load_image_encoder
 
     config = TrainingConfig(
@@ -103,18 +109,21 @@ def stage1(
         tensorboard=tensorboard,
     )
     image_encoder = load_image_encoder(encoder)
-    examples, features = read(data, image_encoder, flip=flip, limit=limit, need="captions")
+    sources = []
+    for name in data:
+        pair = read(name, image_encoder, views=views, limit=limit, need="captions")
+        sources.append(Source(*pair, batch_size, seed, keep_patches=keep_patches))
     held_out = read(validation, image_encoder, validation_split, need="captions")
     torch.manual_seed(seed)
     model, tokenizer, pretrained = stage1_from_minilm(queries, image_encoder.width)
     if start_from:
         load_strictly(model, load_tensors(start_from / "stage1.safetensors")[0])
-    say(f"Stage 1: {', '.join(chosen)} on {len(examples)} images in {len(features.views)} views.")
-    batches = Source(examples, features, batch_size, seed)
+    images = sum(len(source.usable) for source in sources)
+    say(f"Stage 1: {', '.join(chosen)} on {images} images in {views} views.")
     train_stage1(
         model,
         tokenizer,
-        batches,
+        Mixture(sources, share, seed),
         held_out,
         pretrained,
         config,
@@ -152,7 +161,9 @@ def stage2(
     language_model: Annotated[
         str, typer.Option(help="smollm2-135m, a folder, or a hub id")
     ] = "smollm2-135m",
-    flip: Flip = True,
+    views: Views = 2,
+    keep_patches: Keep = None,
+    share: Share = 0.5,
     limit: Limit = None,
     validation_split: Split = "validation",
     validation_limit: Annotated[
@@ -204,10 +215,13 @@ def stage2(
     image_encoder = load_image_encoder(encoder)
     sources = []
     for name in data:
-        pair = read(name, image_encoder, flip=flip, limit=limit, need="captions")
-        sources.append(Source(*pair, batch_size, seed, captions_per_image))
+        pair = read(name, image_encoder, views=views, limit=limit, need="captions")
+        sources.append(
+            Source(*pair, batch_size, seed, captions_per_image, keep_patches=keep_patches)
+        )
     for name in questions:
-        pair = read(name, image_encoder, flip=flip, limit=limit, need="questions")
+        # A crop may have lost what is asked about.
+        pair = read(name, image_encoder, views=min(views, 2), limit=limit, need="questions")
         sources.append(Source(*pair, questions_per_step, seed, ask=True))
     held_out = [
         read(name, image_encoder, validation_split, limit=validation_limit) for name in validation
@@ -234,7 +248,7 @@ def stage2(
         model.stage1 = None  # it has learned nothing that could match or retrieve
     images = sum(len(source.usable) for source in sources)
     say(f"Stage 2: {len(sources)} sources, {images} images, {len(pretrained)} tensors to go on.")
-    train_stage2(model, Mixture(sources, seed), held_out, pretrained, config, resume)
+    train_stage2(model, Mixture(sources, share, seed), held_out, pretrained, config, resume)
     if PartialState().is_main_process:
         load_learned(model, load_tensors(folder / "best.safetensors")[0])
         model.save_pretrained(folder)
@@ -245,23 +259,22 @@ def read(
     source: str,
     encoder: "ImageEncoder",
     split: str = "train",
-    flip: bool = False,
+    views: int = 1,
     limit: int | None = None,
     need: str | None = None,
 ) -> "tuple[Examples, FeatureCache]":
     """Examples and their features; raises DataError if they have none of what is needed."""
     from accelerate import PartialState
 
-    from blip2_edu.data import VIEWS, DataError, load_examples, open_features
+    from blip2_edu.data import DataError, load_examples, open_features
 
-    local = Path(source).exists() or source.startswith("scenes:")
-    examples = load_examples(source, "train" if local else split, limit)
+    drawn = source.startswith("scenes:")
+    examples = load_examples(source, "train" if drawn or Path(source).exists() else split, limit)
     if need and not any(getattr(examples, need)):
         raise DataError(f"{source} has no {need}.")
     with PartialState().main_process_first():  # the others find the features in the cache
-        features = open_features(
-            examples, encoder.to(PartialState().device), VIEWS if flip else VIEWS[:1]
-        )
+        # Mirrored, a drawn scene would not be what its captions and answers say.
+        features = open_features(examples, encoder.to(PartialState().device), 1 if drawn else views)
     return examples, features
 
 

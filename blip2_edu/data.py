@@ -5,6 +5,7 @@ memory-mapped array. A cache is a derived thing: whenever it does not fit it is 
 """
 
 import hashlib
+import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from blip2_edu.scenes import scene_dataset
 from blip2_edu.vision import ImageEncoder
 from blip2_edu.weights import ROOT
 
-VIEWS = ("original", "flipped")
+CROP = (0.5, 1.0)  # share of the area that a random crop keeps
 QUESTION = {"answers": [], "answer_type": "other", "question_type": ""}  # what may be left out
 CACHE_FOLDER = ROOT / "data" / "cache"
 
@@ -95,7 +96,7 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
         if row[image_column] is None:
             raise DataError(f"{source} has no image in row {len(images)}.")
         images.append(row[image_column])
-        captions.append([text for column in columns for text in _as_list(row[column])])
+        captions.append([tidy(text) for column in columns for text in _as_list(row[column])])
         asked = row.get("questions") or []
         if not all(isinstance(q, dict) and q.get("question") and q.get("answer") for q in asked):
             raise DataError(f"{source} has a question without text or answer in row {len(images)}.")
@@ -107,6 +108,11 @@ def _caption_columns(columns: list[str]) -> list[str]:
     numbered = [c for c in columns if c.startswith("caption_") and c[8:].isdigit()]
     named = [c for c in ("captions", "caption", "text") if c in columns]
     return named[:1] or sorted(numbered, key=lambda c: int(c[8:]))
+
+
+def tidy(text: str) -> str:
+    """Single spaces, none in front of punctuation: a model writes captions as it has read them."""
+    return re.sub(r"\s+([.,;:!?])", r"\1", " ".join(text.split()))
 
 
 def _as_list(value: str | list[str] | None) -> list[str]:
@@ -136,20 +142,23 @@ class FeatureCache:
 def open_features(
     examples: Examples,
     encoder: ImageEncoder,
-    views: tuple[str, ...] = VIEWS[:1],
+    views: int = 1,
     folder: str | Path | None = None,
-    batch_size: int = 32,
+    batch_size: int = 16,
 ) -> FeatureCache:
     """Open the features that this encoder has of these images, computing those not there yet.
 
     The folder is named by a hash of the encoder's weights and of every image, so a cache made of
     something else is never found. Each row has a checksum, written after it: rows that a killed run
     left unfinished, or that were damaged since, are computed again.
+
+    views       how many ways of looking at an image, see `view_of`
+    batch_size  images a pass of the encoder; small ones stay in a processor's cache
     """
     place = Path(folder or CACHE_FOLDER) / _cache_key(examples, encoder)
     shape = (len(examples), encoder.num_features, encoder.width)
     return FeatureCache(
-        [_open_view(place / view, shape, examples, encoder, view, batch_size) for view in views]
+        [_open_view(place, shape, examples, encoder, view, batch_size) for view in range(views)]
     )
 
 
@@ -161,23 +170,41 @@ def _cache_key(examples: Examples, encoder: ImageEncoder) -> str:
     return digest.hexdigest()[:32]
 
 
+def view_of(image: Image.Image, view: int, seed: int = 0) -> Image.Image:
+    """View 0 is the image, view 1 its mirror image, every further one a random crop, half mirrored.
+
+    A crop keeps the proportions and depends on `view` and `seed` alone.
+    """
+    if view == 0:
+        return image
+    if view == 1:
+        return ImageOps.mirror(image)
+    draw = np.random.default_rng([view, seed])
+    side = draw.uniform(*CROP) ** 0.5  # of the crop, in sides of the image
+    left, top = draw.uniform(0, 1 - side, 2) * image.size
+    width, height = side * image.width, side * image.height
+    crop = image.crop((round(left), round(top), round(left + width), round(top + height)))
+    return ImageOps.mirror(crop) if draw.random() < 0.5 else crop
+
+
 def _open_view(
     place: Path,
     shape: tuple[int, int, int],
     examples: Examples,
     encoder: ImageEncoder,
-    view: str,
+    view: int,
     batch_size: int,
 ) -> np.ndarray:
+    place = place / f"view-{view}"
     place.mkdir(parents=True, exist_ok=True)
     features = _open_array(place / "features.npy", shape, np.float16)
     checksums = _open_array(place / "checksums.npy", shape[:1], np.uint32)
     missing = [i for i in range(shape[0]) if checksums[i] != zlib.crc32(features[i])]
     batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
-    for batch in tqdm(batches, desc=f"Image features, {view}", unit="batch", disable=not batches):
-        images = [examples.image(i) for i in batch]
-        if view == "flipped":
-            images = [ImageOps.mirror(image) for image in images]
+    for batch in tqdm(
+        batches, desc=f"Image features, view {view + 1}", unit="batch", disable=not batches
+    ):
+        images = [view_of(examples.image(i), view, seed=i) for i in batch]
         pixels = encoder.preprocess(images).to(encoder.device)
         features[batch] = encoder(pixels).cpu().numpy()
         for i in batch:

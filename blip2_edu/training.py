@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import send_to_device
+from einops import repeat
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -65,6 +66,8 @@ class Source:
 
     What a batch holds depends on the seed, the step and the rank alone. With `ask`, a text is the
     answer to one of the image's questions, else one of its captions. Images without are skipped.
+    `keep_patches` leaves only so many of the N features of an image, drawn anew in each step: it
+    must not be known again by one of them.
     """
 
     examples: Examples
@@ -73,6 +76,7 @@ class Source:
     seed: int = 0
     texts_per_image: int = 1
     ask: bool = False
+    keep_patches: int | None = None
 
     def __post_init__(self):
         texts = self.examples.questions if self.ask else self.examples.captions
@@ -89,6 +93,10 @@ class Source:
         draw = np.random.default_rng([self.seed, step, rank])
         views = draw.integers(len(self.features.views), size=self.batch_size)
         features, image_ids = self.features.rows(chosen, views), torch.from_numpy(chosen)
+        if self.keep_patches:
+            kept = draw.random(features.shape[:2]).argsort(axis=1)[:, : self.keep_patches]
+            kept = repeat(torch.from_numpy(kept), "b k -> b k w", w=features.shape[2])
+            features = features.gather(1, kept)  # (B, K, W)
         if self.ask:
             asked = [draw.choice(self.examples.questions[i]) for i in chosen]
             answers = [question["answer"] for question in asked]
@@ -103,17 +111,26 @@ class Source:
 
 @dataclass
 class Mixture:
-    """Several sources in turn: an epoch holds an epoch of each, their batches shuffled."""
+    """Several sources, their batches shuffled.
+
+    An epoch is one of the first source; each further source gives `share` batches for one of the
+    first, and goes through its own images at that pace.
+    """
 
     sources: list[Source]
+    share: float = 1.0
     seed: int = 0
 
+    def _counts(self, processes: int) -> list[int]:
+        first = self.sources[0].steps_per_epoch(processes)
+        return [first] + [round(self.share * first)] * (len(self.sources) - 1)
+
     def steps_per_epoch(self, processes: int) -> int:
-        return sum(source.steps_per_epoch(processes) for source in self.sources)
+        return sum(self._counts(processes))
 
     def batch(self, step: int, rank: int, processes: int) -> Batch:
-        epoch, position = divmod(step, self.steps_per_epoch(processes))
-        counts = [source.steps_per_epoch(processes) for source in self.sources]
+        counts = self._counts(processes)
+        epoch, position = divmod(step, sum(counts))
         order = np.random.default_rng([self.seed, epoch]).permutation(
             np.repeat(np.arange(len(counts)), counts)
         )
@@ -297,7 +314,7 @@ def _not_finite(losses: dict[str, Tensor], step: int, state_file: Path) -> str:
 def train_stage1(
     model: Blip2Stage1,
     tokenizer: Tokenizer,
-    batches: Source,
+    batches: Source | Mixture,
     validation: tuple[Examples, FeatureCache],
     pretrained: set[str],
     config: TrainingConfig,

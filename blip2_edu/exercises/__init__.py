@@ -1,0 +1,75 @@
+"""The checks behind the exercises, one module a lesson: they name the mistake, not only see it.
+
+A blank exercise is "not attempted yet" and stops nothing, so that a lesson runs unsolved from top
+to bottom. A check is written like this:
+
+    @exercise
+    def check_double(double):
+        expect(double(3) != 9, "you squared instead of doubling")
+        expect(double(3) == 6, "twice 3 is 6")
+        return "any number, doubled"
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`passed` is None where nothing was attempted; shown in a notebook as one line of text."""
+
+    passed: bool | None
+    message: str
+
+    def __repr__(self) -> str:
+        opening = {True: "Passed: ", False: "Not yet: ", None: ""}[self.passed]
+        return opening + self.message
+
+
+class Mistake(Exception):
+    """An attempt is wrong; the message names the likely mistake."""
+
+
+class NotAttempted(Exception):
+    """A blank was left blank."""
+
+
+def expect(condition: Any, mistake: str) -> None:
+    """Go on if `condition` is true; else the verdict is "Not yet" with the words of `mistake`."""
+    if not condition:
+        raise Mistake(mistake)
+
+
+def attempted(value: Any) -> Any:
+    """Hand `value` on, unless it is what a blank leaves: None or `...`."""
+    if value is None or value is ...:
+        raise NotAttempted
+    return value
+
+
+def exercise(check: Callable[[Any], str]) -> Callable[[Any], Verdict]:
+    """Turn `check` into a function that always returns a Verdict, whatever the attempt does.
+
+    check   gets the attempt, a value or a function whose results it may use at once (what returns
+            None was not attempted; a class it calls itself, see `attempted`). It raises Mistake,
+            mostly by `expect`, or returns what the attempt has shown.
+    """
+
+    @wraps(check)
+    def checked(attempt: Any) -> Verdict:
+        def call(*arguments: Any, **options: Any) -> Any:
+            return attempted(attempt(*arguments, **options))
+
+        try:
+            is_function = callable(attempt) and not isinstance(attempt, type)
+            return Verdict(True, check(call if is_function else attempted(attempt)))
+        except NotAttempted:
+            return Verdict(None, "Not attempted yet.")
+        except Mistake as mistake:
+            return Verdict(False, str(mistake))
+        except Exception as error:  # the student's code may raise anything
+            return Verdict(False, f"your code stops with {type(error).__name__}: {error}")
+
+    return checked

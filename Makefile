@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab demo test lint lock clean
+.PHONY: help setup lab demo app test lint lock clean
 
 help: ## show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -18,6 +18,9 @@ lab: setup ## open JupyterLab on the first lesson
 
 demo: setup ## caption IMAGE=photo.jpg, or the course's own photos
 	$(RUN) -m blip2_edu caption $${IMAGE:+"$$IMAGE"} --attention attention.png
+
+app: setup ## serve the live demo as a page of its own
+	$(RUN) -m voila blip2_edu/app.ipynb
 
 test: export HF_HUB_OFFLINE = 1
 test: lint ## run all tests and all lessons, offline

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from blip2_edu.checkpoints import from_transformers, load_strictly, load_tensors, save_tensors
+from blip2_edu.hardware import native_bfloat16
 from blip2_edu.images import open_image
 from blip2_edu.language import IMAGE, LanguageModel, load_language_model, load_tokenizer
 from blip2_edu.objectives import itc_similarity
@@ -235,6 +236,18 @@ class Blip2(nn.Module):
         model = cls(config, image_encoder, language_model, stage1, tokenizer)
         load_learned(model, load_tensors(folder / "stage2.safetensors")[0])
         return model.eval()
+
+
+def load_fastest(name: str | Path = "mini") -> Blip2:
+    """Load a checkpoint for use: on the GPU if there is one, its language model in bfloat16 where
+    the device computes in it. Writing a word is reading all weights, so half the bytes is half the
+    time. Raises WeightsError.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = Blip2.from_pretrained(name).to(device)
+    if native_bfloat16(device):
+        model.language_model.network.to(torch.bfloat16)
+    return model
 
 
 @dataclass

@@ -65,10 +65,11 @@ def main(arguments: list[str] | None = None) -> int:
 def user_errors() -> tuple[type[Exception], ...]:
     """What says in one sentence what a user can mend; looked up only once something failed."""
     from blip2_edu.data import DataError
+    from blip2_edu.folders import TableError
     from blip2_edu.images import ImageError
     from blip2_edu.training import TrainingError
 
-    return ImageError, WeightsError, DataError, TrainingError
+    return ImageError, WeightsError, DataError, TrainingError, TableError
 
 
 def out_of_memory() -> tuple[type[Exception], ...]:
@@ -83,28 +84,41 @@ def fail(message: str, code: int = 1) -> int:
 
 
 def load_model(name: str) -> "Blip2":
-    import torch
+    from blip2_edu.blip2 import load_fastest
 
-    from blip2_edu.blip2 import Blip2
-
-    return Blip2.from_pretrained(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    return load_fastest(name)
 
 
 @app.command()
 def caption(
     images: Annotated[
-        list[str] | None, typer.Argument(help="paths or addresses; none: the course's own photos")
+        list[str] | None,
+        typer.Argument(help="paths or addresses, or one folder; none: the course's own photos"),
     ] = None,
     model: Model = "mini",
     beams: Beams = 5,
     attention: Annotated[
         Path | None, typer.Option(dir_okay=False, help="draw where it looked in the first image")
     ] = None,
+    table: Annotated[
+        Path | None,
+        typer.Option("--csv", dir_okay=False, help="of a folder: a row a file; goes on if stopped"),
+    ] = None,
     batch_size: BatchSize = 16,
 ) -> None:
     """Say in a sentence what is in each image."""
     if attention and attention.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise typer.BadParameter(f"{attention} should end in .png, .jpg, .pdf or .svg.")
+    if table:
+        if not images or len(images) != 1 or not Path(images[0]).is_dir():
+            raise typer.BadParameter("--csv captions one folder: name it.")
+        from blip2_edu.folders import caption_folder
+
+        done, problems = caption_folder(
+            Path(images[0]), table, lambda: load_model(model), batch_size, beams
+        )
+        say(f"{done} captions and {problems} problems are new in {table}.")
+        return
     from blip2_edu.evaluation import batched
     from blip2_edu.images import ImageError, open_image
 

@@ -119,7 +119,7 @@ def stage1(
     if start_from:
         load_strictly(model, load_tensors(start_from / "stage1.safetensors")[0])
     images = sum(len(source.usable) for source in sources)
-    say(f"Stage 1: {', '.join(chosen)} on {images} images in {views} views.")
+    say(f"Stage 1: {', '.join(chosen)} on {images} images.")
     train_stage1(
         model,
         tokenizer,

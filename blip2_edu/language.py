@@ -103,16 +103,37 @@ class LanguageModel(nn.Module):
         Prompts are read once and their keys and values shared by the C texts. Nothing but the texts
         is scored: queries, prompt and padding have no label.
         """
+        logits, labels = self._score(soft_prompt, prompts, texts)
+        return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+
+    def log_likelihoods(self, soft_prompt: Tensor, prompts: list[str], texts: list[str]) -> Tensor:
+        """Log likelihood of every token of the texts, (B x C, T) with gradient; 0 on padding.
+
+        Arguments as for `loss`; the last token of a text is the end token.
+        """
+        logits, labels = self._score(soft_prompt, prompts, texts)
+        logits = logits.float().transpose(1, 2)  # (B x C, V, T)
+        return -cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+
+    def _score(
+        self, soft_prompt: Tensor, prompts: list[str], texts: list[str]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B x C, T, V) of the texts and their labels (B x C, T)."""
         embeddings, mask = self.embed_prompts(soft_prompt, prompts)
         copies, rest = divmod(len(texts), len(prompts))
         if rest or not copies:
             raise ValueError(f"{len(texts)} texts do not divide among {len(prompts)} prompts")
         labels = self.label_ids(texts)  # (B x C, T)
         if self.is_encoder_decoder:
-            logits = self._encoder_decoder_logits(embeddings, mask, labels, copies)
-        else:
-            logits = self._decoder_logits(embeddings, mask, labels, copies)
-        return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+            return self._encoder_decoder_logits(embeddings, mask, labels, copies), labels
+        return self._decoder_logits(embeddings, mask, labels, copies), labels
+
+    def word_of_token(self, text: str) -> list[int]:
+        """For each token of a text, which of the words of `text.split()` it ends in."""
+        offsets = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True
+        ).offset_mapping
+        return [max(0, len(text[:end].split()) - 1) for _, end in offsets]
 
     def _decoder_logits(
         self, embeddings: Tensor, mask: Tensor, labels: Tensor, copies: int
@@ -153,6 +174,14 @@ class LanguageModel(nn.Module):
             labels=labels,
         ).logits
 
+    def _read(self, embeddings: Tensor, mask: Tensor, copies: int):
+        """Keys and values of prompts (B, L, E), each repeated for `copies` continuations."""
+        cache = self.network.base_model(
+            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions(mask)
+        ).past_key_values
+        cache.batch_repeat_interleave(copies)
+        return cache
+
     @torch.no_grad()
     def generate(self, soft_prompt: Tensor, prompts: list[str], **decoding) -> list[str]:
         """Soft prompts (B, Q, E) in their prompts -> B texts, through transformers' `generate`.
@@ -160,6 +189,9 @@ class LanguageModel(nn.Module):
         decoding: num_beams, do_sample, top_p, temperature, length_penalty, max_new_tokens, ...
         """
         embeddings, mask = self.embed_prompts(soft_prompt, prompts)
+        beams = decoding.get("num_beams", 1)
+        if beams > 1 and not self.is_encoder_decoder:  # else every beam would read it again
+            decoding |= {"past_key_values": self._read(embeddings[:, :-1], mask[:, :-1], beams)}
         ids = self.network.generate(
             inputs_embeds=embeddings,
             attention_mask=mask,

@@ -355,7 +355,7 @@ def train_stage2(
     """Stage 2 (paper, section 3.2); the best model has the highest CIDEr + VQA accuracy.
 
     validation: data with captions, with questions or with both, already cut to a size that is
-    quick to write texts for.
+    quick to write texts for. A score that several of them have is their mean.
     """
     prompts = model.config.prompts
 
@@ -377,9 +377,11 @@ def train_stage2(
         }
 
     def evaluate(model: Blip2) -> tuple[float, dict[str, float]]:
+        each = [writing_scores(model, *some, num_beams=1) for some in validation]
         scores = {}
-        for examples, features in validation:
-            scores |= writing_scores(model, examples, features, num_beams=1)
+        for name in {name: None for some in each for name in some}:  # in the order they came
+            values = [some[name] for some in each if name in some]
+            scores[name] = sum(values) / len(values)
         return scores.get("CIDEr", 0.0) + scores.get("VQA", 0.0), scores
 
     return fit(model, batches, prepare, evaluate, pretrained, config, resume)

@@ -5,25 +5,30 @@ Axis letters: `B` images, `H` heads, `Q` queries, `R` rows and `K` columns of th
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from einops import rearrange
 from matplotlib import colormaps
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, Polygon, Rectangle
 from PIL import Image
 from torch import Tensor, nn
 
+from blip2_edu.attention import KeysValues
 from blip2_edu.blip2 import Blip2, ImageSource
 from blip2_edu.images import open_image
+from blip2_edu.qformer import QFormer
 
 if TYPE_CHECKING:
     from IPython.display import Image as NotebookImage
 
 FROZEN, LEARNS, INK = "#0072B2", "#D55E00", "#333333"  # a blue and an orange that all can tell
+TEXT = "#009E73"  # a green, for text beside queries
 SIDE = 480  # pixels of the longer side of an overlay
 
 
@@ -38,9 +43,119 @@ def attention_maps(
     """
     features = model.image_norm(model.encode_images(images))
     weights = model.eval().qformer(features, return_attention=True).cross_attention[layer]
+    return _places(model, weights)
+
+
+def match_attention(
+    model: Blip2, images: ImageSource | Sequence[ImageSource], texts: Sequence[str]
+) -> Tensor:
+    """Where each image supports its text: gradient-weighted maps of ITM's match logit, (B, R, K).
+
+    Of the Q-Former that matches, over all its blocks. Raises ImageError.
+    """
+    reader = model.stage1.eval()
+    ids, mask = (x.to(model.device) for x in model.tokenizer(list(texts)))
+    features = model.encode_images(images).requires_grad_()
+    with torch.enable_grad(), _watch(reader.qformer) as watched:
+        image = reader.project_image(features)
+        queries = reader.qformer(image, ids, mask, return_attention=True)
+        logits = reader.itm_head(queries.queries).mean(dim=1)  # (B, 2)
+        score = logits[:, 1] - logits[:, 0]
+        maps = _weigh_by_gradient(score, queries.cross_attention, image, watched)
+    return _places(model, maps)
+
+
+def word_attention(
+    model: Blip2,
+    images: ImageSource | Sequence[ImageSource],
+    texts: Sequence[str],
+    prompts: Sequence[str] | None = None,
+) -> list[Tensor]:
+    """Where each word of a text came from: gradient-weighted maps, (words, R, K) for each image.
+
+    Words are those of `text.split()`; a word's score is the log likelihood of its tokens after the
+    prompt (by default that of captions) and the words before it. Raises ImageError.
+    """
+    language, prompts = model.language_model, prompts or [model.config.prompts.caption] * len(texts)
+    words = [language.word_of_token(text) for text in texts]
+    features = model.eval().encode_images(images).requires_grad_()
+    with torch.enable_grad(), _watch(model.qformer) as watched:
+        image = model.qformer.project_image(model.image_norm(features))
+        read = model.qformer(image, return_attention=True)
+        soft_prompt = model.soft_prompt_norm(model.language_projection(read.queries))
+        scores = language.log_likelihoods(soft_prompt, list(prompts), list(texts))  # (B, T)
+        maps = []
+        for word in range(max(map(max, words)) + 1):
+            of_word = torch.zeros_like(scores)
+            for row, of_token in enumerate(words):
+                for token, number in enumerate(of_token):
+                    of_word[row, token] = number == word
+            score = (scores * of_word).sum(dim=1)  # (B,)
+            maps.append(_weigh_by_gradient(score, read.cross_attention, image, watched))
+    maps = _places(model, torch.stack(maps, dim=1))  # (B, words, R, K)
+    return [some[: max(of_token) + 1] for some, of_token in zip(maps, words, strict=True)]
+
+
+@contextmanager
+def _watch(qformer: QFormer) -> Iterator[list[Tensor]]:
+    """Collect what every cross-attention reads from the image, (B, Q, D) each, block by block."""
+    watched: list[Tensor] = []
+    hooks = [
+        layer.cross_attention.attention.output.register_forward_pre_hook(
+            lambda _, inputs: watched.append(inputs[0])
+        )
+        for layer in qformer.layers
+        if layer.cross_attention is not None
+    ]
+    try:
+        yield watched
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _weigh_by_gradient(
+    score: Tensor, weights: list[Tensor], image: list[KeysValues | None], watched: list[Tensor]
+) -> Tensor:
+    """Attention times its gradient, where both raise the score, summed up: (B, N).
+
+    As in Chefer et al. 2021. A fused kernel gives no gradient of attention weights; but what
+    is read is weights times values, so it is the gradient of what is read, times the values.
+    """
+    gradients = torch.autograd.grad(score.sum(), watched, retain_graph=True)
+    values = [keys_values[1] for keys_values in image if keys_values is not None]
+    total = 0
+    for weight, value, gradient in zip(weights, values, gradients, strict=True):
+        gradient = rearrange(gradient, "b q (h c) -> b h q c", h=value.shape[1])
+        raises = weight * (gradient @ value.transpose(-1, -2))  # (B, H, Q, N)
+        total = total + raises.clamp(min=0).sum(dim=(1, 2))
+    return total.detach()
+
+
+@torch.no_grad()
+def attention_rollout(model: Blip2, images: ImageSource | Sequence[ImageSource]) -> Tensor:
+    """How much of each place is in each query after all blocks, (B, Q, R, K).
+
+    Rollout (Abnar and Zuidema 2020) through self- and cross-attention of the Q-Former that prompts
+    the language model: in each of them a residual path carries half. Raises ImageError.
+    """
+    features = model.image_norm(model.encode_images(images))
+    read = model.eval().qformer(features, return_attention=True)
+    cross = iter(read.cross_attention)
+    seen = torch.zeros_like(read.cross_attention[0][:, 0])  # (B, Q, N)
+    for layer, self_attention in zip(model.qformer.layers, read.self_attention, strict=True):
+        seen = (seen + self_attention.mean(dim=1) @ seen) / 2
+        if layer.cross_attention is not None:
+            seen = (seen + next(cross).mean(dim=1)) / 2
+    return _places(model, seen)
+
+
+def _places(model: Blip2, maps: Tensor) -> Tensor:
+    """Maps (..., N) -> (..., R, K), without what belongs to no place."""
     encoder = model.image_encoder
-    places = weights[..., encoder.num_prefix_tokens :]  # (B, H, Q, R x K)
-    return rearrange(places, "b h q (r k) -> b h q r k", r=encoder.grid[0])
+    return rearrange(
+        maps[..., encoder.num_prefix_tokens :], "... (r k) -> ... r k", r=encoder.grid[0]
+    )
 
 
 def overlay(image: Image.Image, attention: Tensor) -> Image.Image:
@@ -108,6 +223,38 @@ def gallery_figure(
     return figure
 
 
+def matrix_figure(
+    matrices: Sequence[Tensor],
+    titles: Sequence[str],
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    cell: float = 0.34,
+) -> Figure:
+    """Masks or attention weights (L, S) side by side: a row asks, a column is asked.
+
+    The darker, the higher, on one scale for all, from 0 to the highest finite value; what is not a
+    number is orange. rows and columns name the positions; a cell is `cell` inches wide.
+    """
+    matrices = [matrix.detach().float().cpu() for matrix in matrices]
+    highest = max(matrix.nan_to_num().max().item() for matrix in matrices)
+    colors = LinearSegmentedColormap.from_list("frozen", ["white", FROZEN]).with_extremes(
+        bad=LEARNS
+    )
+    widths = [matrix.shape[1] for matrix in matrices]
+    size = (cell * sum(widths) + 1.2 * len(widths), cell * max(map(len, matrices)) + 1.1)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(1, len(matrices), squeeze=False, width_ratios=widths)[0]
+    for ax, matrix, title in zip(axes, matrices, titles, strict=True):
+        ax.pcolormesh(matrix, cmap=colors, vmin=0, vmax=highest or 1, edgecolors="0.6", lw=0.3)
+        ax.set(aspect="equal", ylim=(len(matrix), 0))
+        ax.tick_params(length=0, labelsize=9)
+        for axis, names in ((ax.xaxis, columns), (ax.yaxis, rows)):
+            axis.set_ticks([i + 0.5 for i in range(len(names))], names, parse_math=False)
+        ax.tick_params(axis="x", rotation=90)
+        ax.set_title(plain(title, 28), fontsize=10, parse_math=False)
+    return figure
+
+
 def plain(text: str, width: int = 90) -> str:
     """Any string as at most three lines that can be drawn; what cannot becomes a space."""
     printable = "".join(character if character.isprintable() else " " for character in text)
@@ -166,6 +313,49 @@ def architecture_figure(model: Blip2) -> Figure:
     arrow((48, 8.8), (48, 13.7))
     arrow((87, 8.6), (87, 13.7))
     write(55, 35.5, "BLIP-2: the bridge learns, the models on either side stay as they are", 13)
+    return figure
+
+
+def qformer_figure() -> Figure:
+    """Two neighbouring blocks of the Q-Former, from left to right (paper, figure 2, left)."""
+    figure = Figure(figsize=(11, 3.6), dpi=100)
+    ax = figure.add_axes((0, 0, 1, 1))
+    ax.set(xlim=(0, 110), ylim=(0, 36))
+    ax.axis("off")
+
+    def write(x: float, y: float, text: str, size: float = 9.5, color: str = INK) -> None:
+        ax.text(x, y, text, size=size, color=color, ha="center", va="center")
+
+    def box(x: float, y: float, height: float, text: str, color: str) -> None:
+        style = "round,pad=0,rounding_size=1.2"
+        ax.add_patch(FancyBboxPatch((x, y), 13, height, style, fc=color + "22", ec=color, lw=2))
+        write(x + 6.5, y + height / 2, text)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float], color: str) -> None:
+        style = {"arrowstyle": "-|>", "color": color, "lw": 1.6, "shrinkA": 0, "shrinkB": 0}
+        ax.annotate("", end, start, arrowprops=style)
+
+    top, bottom = 21, 6.5  # where the queries go along, and the text
+    for y, name, color in ((top, "queries", LEARNS), (bottom, "text", TEXT)):
+        write(7, y + 3.6, name, 10.5, color)
+        for i in range(4):
+            ax.add_patch(Rectangle((2.4 + 2.4 * i, y - 1), 2, 2, fc=color + "55", ec=color))
+        for start, end in ((12.5, 16), (46, 50), (63, 68), (81, 85), (98, 103)):
+            arrow((start, y), (end, y), color)
+    arrow((29, top), (33, top), LEARNS)
+    arrow((29, bottom), (50, bottom), TEXT)  # the text passes by the cross-attention
+    for x in (16, 68):
+        box(x, 3, 22, "self-attention\nof all, as far as\nthe mask allows", INK)
+    box(33, 17, 8, "cross-attention", FROZEN)
+    ax.add_patch(Rectangle((33, 30), 13, 4, fc=FROZEN + "22", ec=FROZEN))
+    write(39.5, 32, "image features", 9.5, FROZEN)
+    arrow((39.5, 30), (39.5, 25.3), FROZEN)
+    for x in (50, 85):
+        box(x, 17, 8, "feed-forward\nof the queries", LEARNS)
+        box(x, 2.5, 8, "feed-forward\nof the text", TEXT)
+    ax.axvline(65.5, 0.06, 0.8, color=INK, lw=1, ls=":")
+    write(22.5, 32, "block 0, 2, 4, ...", 11)
+    write(83, 32, "block 1, 3, 5, ...", 11)
     return figure
 
 

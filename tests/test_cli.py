@@ -346,9 +346,9 @@ def test_both_stages_one_after_the_other(capsys, small, tmp_path):
     assert run(capsys, *STAGE1, *QUICK, "--resume")[0] == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
-    again = [*STAGE1[:-1], "again", "--start-from", "run", "--objectives", "itc", "--no-flip"]
+    again = [*STAGE1[:-1], "again", "--start-from", "run", "--objectives", "itc", "--views", "1"]
     code, out, err = run(capsys, *again, *QUICK)
-    assert code == 0 and "itc on 4 images in 1 views" in out, err
+    assert code == 0 and "itc on 4 images" in out, err
 
     stage2 = [*STAGE2[:-1], "two", "--stage1", "run", "--data", "scenes:4"]
     stage2 += ["--questions", "scenes:4", "--questions-per-step", "2"]

@@ -14,7 +14,15 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
 from blip2_edu import data
-from blip2_edu.data import VIEWS, DataError, Examples, FeatureCache, load_examples, open_features
+from blip2_edu.data import (
+    DataError,
+    Examples,
+    FeatureCache,
+    load_examples,
+    open_features,
+    tidy,
+    view_of,
+)
 from blip2_edu.images import ImageError
 
 TEXT = Value("string")
@@ -222,13 +230,37 @@ def test_features_are_computed_once():
 
 def test_flipped_views():
     examples = pictures(5)
-    cache, seen = open_and_count(examples, views=VIEWS)
+    cache, seen = open_and_count(examples, views=2)
     assert seen == 10
     assert torch.equal(everything(cache, 1), expected(examples, mirrored=True))
     mixed = cache.rows([3, 3, 0], [0, 1, 1])
     assert torch.equal(mixed[0], expected(examples)[3])
     assert torch.equal(mixed[1:], expected(examples, mirrored=True)[[3, 0]])
     assert open_and_count(examples)[1] == 0  # the original view alone is there already
+
+
+def test_a_crop_is_a_part_and_always_the_same():
+    ramp = np.stack(np.meshgrid(np.arange(200), np.arange(100)) + [np.zeros((100, 200))], axis=2)
+    image = Image.fromarray(ramp.astype(np.uint8))  # red tells the column, green the row
+    parts, mirrored = set(), 0
+    for seed in range(20):
+        crop = np.asarray(view_of(image, 2, seed)).astype(int)
+        assert np.array_equal(crop, np.asarray(view_of(image, 2, seed)))
+        assert not np.array_equal(crop, np.asarray(view_of(image, 3, seed)))
+        height, width = crop.shape[:2]
+        assert 0.48 < width * height / (200 * 100) <= 1
+        assert width / height == pytest.approx(2, rel=0.05)
+        step = crop[0, 1, 0] - crop[0, 0, 0]
+        left, top = crop[0, :, 0].min(), crop[0, 0, 1]
+        part = ramp[top : top + height, left : left + width]
+        assert step in (1, -1) and np.array_equal(crop[:, ::step], part)
+        parts.add((left, top, width))
+        mirrored += step == -1
+    assert len(parts) > 10 and 3 < mirrored < 17
+
+
+def test_captions_are_tidied():
+    assert tidy(" A dog ,  a cat\tand a man 's hat . ") == "A dog, a cat and a man 's hat."
 
 
 def test_what_was_computed_before_a_crash_is_not_computed_again():

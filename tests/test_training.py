@@ -331,14 +331,32 @@ def test_questions_come_with_their_answers():
     assert [str(int(image)) for image in batch.image_ids] == batch.texts
 
 
-def test_a_mixture_holds_an_epoch_of_each():
-    mixture = Mixture([source(8, 2), source(6, 3, seed=1)])
-    assert mixture.steps_per_epoch(1) == 6
-    for epoch in range(2):
-        batches = [mixture.batch(6 * epoch + step, 0, 1) for step in range(6)]
-        for size, images in ((2, 8), (3, 6)):
-            ids = [b.image_ids for b in batches if len(b.image_ids) == size]
-            assert sorted(torch.cat(ids).tolist()) == list(range(images))
+def test_a_mixture_holds_an_epoch_of_the_first_and_a_share_of_the_others():
+    mixture = Mixture([source(8, 2), source(6, 3, seed=1)], share=0.25)
+    assert mixture.steps_per_epoch(1) == 5
+    others = []
+    for epoch in range(4):
+        batches = [mixture.batch(5 * epoch + step, 0, 1) for step in range(5)]
+        ids = [b.image_ids for b in batches if len(b.image_ids) == 2]
+        assert sorted(torch.cat(ids).tolist()) == list(range(8))
+        others += [b.image_ids for b in batches if len(b.image_ids) == 3]
+    assert len(others) == 4  # one an epoch, so two pass through all six images
+    for two in (others[:2], others[2:]):
+        assert sorted(torch.cat(two).tolist()) == list(range(6))
+
+
+def test_patches_are_left_out_anew_in_every_step():
+    some = source(8, 4)
+    few = replace(some, keep_patches=2)
+    kept = set()
+    for step in range(6):
+        whole, part = some.batch(step, 0, 1), few.batch(step, 0, 1)
+        assert part.image_features.shape[1] == 2
+        for all_patches, patches in zip(whole.image_features, part.image_features, strict=True):
+            same = (patches[:, None] == all_patches[None]).all(dim=2)  # (2, N)
+            assert same.sum(dim=1).tolist() == [1, 1] and same.any(dim=0).sum() == 2
+            kept.add(tuple(same.any(dim=0).tolist()))
+    assert len(kept) > 6
 
 
 # Stage 1, and killing it -------------------------------------------------------------------------

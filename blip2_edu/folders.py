@@ -1,0 +1,82 @@
+"""A whole folder of images into a table of captions, in batches, and on from where it stopped."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from blip2_edu.blip2 import Blip2
+from blip2_edu.evaluation import batched
+from blip2_edu.images import ImageError, open_image
+
+HEADER = ["file", "caption", "problem"]
+
+
+class TableError(ValueError):
+    """The table cannot be continued; the message is one sentence for the user."""
+
+
+def caption_folder(
+    folder: Path, table: Path, load: Callable[[], Blip2], batch_size: int = 16, num_beams: int = 5
+) -> tuple[int, int]:
+    """Write a row for each file of `folder` and below it: its caption, or why it has none.
+
+    Rows are written batch by batch, and files that have one already are left out, so that a stopped
+    run goes on when it is called again. Hidden files are no photographs. Returns how many files
+    were captioned and how many could not be. Raises TableError.
+    """
+    done = rows_in(table)
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name[0] != "." and path.resolve() != table.resolve()
+    ]
+    missing = [path for path in files if path.relative_to(folder).as_posix() not in done]
+    captioned = failed = 0
+    model = load() if missing else None
+    with table.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if table.stat().st_size == 0:
+            writer.writerow(HEADER)
+        bar = tqdm(total=len(missing), desc="Captions", unit="file", disable=not missing)
+        for paths in batched(missing, batch_size):
+            images, problems = {}, {}
+            for path in paths:
+                try:
+                    images[path] = open_image(path)
+                except ImageError as error:
+                    problems[path] = str(error)
+            captions = {}
+            if images:
+                texts = model.caption(list(images.values()), num_beams=num_beams)
+                captions = dict(zip(images, texts, strict=True))
+            for path in paths:
+                name = path.relative_to(folder).as_posix()
+                writer.writerow([name, captions.get(path, ""), problems.get(path, "")])
+            file.flush()
+            captioned, failed = captioned + len(captions), failed + len(problems)
+            bar.update(len(paths))
+        bar.close()
+    return captioned, failed
+
+
+def rows_in(table: Path) -> set[str]:
+    """The files that have a row already; a last row that was only half written is cut off.
+
+    Raises TableError if the file holds something else.
+    """
+    if not table.exists() or table.stat().st_size == 0:
+        return set()
+    data = table.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    try:
+        rows = list(csv.reader(whole.decode("utf-8").splitlines()))
+    except (UnicodeDecodeError, csv.Error):
+        rows = []
+    if not rows or rows[0] != HEADER or any(len(row) != len(HEADER) for row in rows):
+        raise TableError(f"{table} holds something else than captions: name another file.")
+    if whole != data:
+        with table.open("rb+") as file:
+            file.truncate(len(whole))
+    return {row[0] for row in rows[1:]}

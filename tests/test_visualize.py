@@ -2,6 +2,7 @@
 
 import io
 
+import matplotlib as mpl
 import numpy as np
 import pytest
 import small_models
@@ -12,14 +13,18 @@ from PIL import Image
 from blip2_edu.blip2 import Blip2
 from blip2_edu.images import ImageError
 from blip2_edu.visualize import (
+    FROZEN,
+    LEARNS,
     SIDE,
     architecture_figure,
     attention_figure,
     attention_maps,
     count,
     gallery_figure,
+    matrix_figure,
     overlay,
     plain,
+    qformer_figure,
     show,
 )
 
@@ -114,6 +119,26 @@ def test_a_gallery(count, grid):
             assert np.array_equal(ax.images[0].get_array(), np.asarray(photos[i]))
 
 
+def test_matrices_share_one_scale_and_nan_stands_out():
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    weights = torch.tensor([[0.5, float("nan")], [0.0, 0.25]])
+    figure = matrix_figure([mask, weights], ["mask", "$weights_{"], rows=["a", "$b_{"])
+    draw(figure)
+    left, right = (ax.collections[0].get_facecolors() for ax in figure.axes)
+    blue, orange, white = (mpl.colors.to_rgba(color) for color in (FROZEN, LEARNS, "white"))
+    np.testing.assert_allclose(left, [blue, white, blue, blue, blue, blue], atol=0.01)
+    halfway = (np.array(white) + blue) / 2
+    np.testing.assert_allclose(right[:3], [halfway, orange, white], atol=0.01)
+    assert [ax.get_title() for ax in figure.axes] == ["mask", "$weights_{"]
+    for ax in figure.axes:
+        assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "$b_{"]
+        assert not ax.get_xticklabels()
+
+
+def test_a_mask_that_forbids_everything():
+    draw(matrix_figure([torch.zeros(2, 2).bool()], ["empty"], columns=["a", "b"]))
+
+
 @pytest.mark.filterwarnings("ignore:Glyph:UserWarning")
 @pytest.mark.parametrize("caption", ["", "$", "$x$", "100% \\alpha_{", ODD])
 def test_a_caption_is_plain_text(model, caption):
@@ -155,6 +180,18 @@ def test_no_words_overlap_in_the_architecture(model):
     draw(figure)
     boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
     for i, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def test_the_blocks_of_the_qformer_are_drawn_apart():
+    figure = qformer_figure()
+    said = words(figure)
+    inside = draw(figure).shape[1::-1]
+    for part, times in (("self-attention", 2), ("cross-attention", 1), ("feed-forward", 4)):
+        assert said.count(part) == times
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
+    for i, box in enumerate(boxes):
+        assert 0 <= box.x0 and 0 <= box.y0 and box.x1 <= inside[0] and box.y1 <= inside[1]
         assert not any(box.overlaps(other) for other in boxes[:i])
 
 

@@ -12,6 +12,7 @@ import re
 import string
 import time
 import urllib.request
+import warnings
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
@@ -139,7 +140,9 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
         if head == b"\xff\xd8\xff":
             image = _open_jpeg(file, name)
         else:
-            image = Image.open(file, formats=FORMATS)
+            with warnings.catch_warnings():  # PIL only warns of what is refused here in any case
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(file, formats=FORMATS)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:

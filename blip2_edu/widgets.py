@@ -28,6 +28,7 @@ MAX_QUESTION = 200  # characters; a longer one is no question about a photo
 MAX_SENTENCES = 12
 SHOWN = 420  # pixels of the longer side of the photo on the page
 THUMBNAIL = 96
+LINE = "min-height:1.6em"  # of the status, so that nothing moves when it is empty
 
 
 class PhotoPicker(anywidget.AnyWidget):
@@ -144,7 +145,9 @@ class Demo(widgets.VBox):
         tabs = widgets.Tab([chat, match, decoding], layout={"flex": "1 1 340px"})
         tabs.titles = ("Ask", "Match", "Decoding")
         picker = widgets.Box([self.picker], layout={"flex": "1 1 220px", "max_width": "320px"})
-        columns = widgets.HBox([picker, seen, tabs], layout={"flex_flow": "row wrap"})
+        columns = widgets.HBox(
+            [picker, seen, tabs], layout={"flex_flow": "row wrap", "grid_gap": "16px"}
+        )
         return [bar, self.status, columns, self.strip, self.downloads]
 
     # What the buttons do. Each returns at once; the work is done in the other thread.
@@ -277,10 +280,11 @@ class Demo(widgets.VBox):
 
     def _say(self, sentence: str, busy: bool = False) -> None:
         dots = '<i class="fa fa-spinner fa-spin"></i> ' if busy else ""
-        self.status.value = f"<div aria-live='polite'>{dots}{escape(sentence)}</div>"
+        self.status.value = f"<div aria-live='polite' style='{LINE}'>{dots}{escape(sentence)}</div>"
 
     def _refuse(self, sentence: str) -> None:
-        self.status.value = f"<div role='alert' style='color:#B00020'>{escape(sentence)}</div>"
+        style = f"{LINE};color:#B00020"
+        self.status.value = f"<div role='alert' style='{style}'>{escape(sentence)}</div>"
 
     def _show_photo(self) -> None:
         """The photo, or the map of the word that the slider is on."""
@@ -293,7 +297,7 @@ class Demo(widgets.VBox):
         figures = "".join(
             f"<figure style='display:inline-block;width:{THUMBNAIL + 20}px;margin:4px;"
             f"vertical-align:top'><img src='{e.thumbnail}' alt='{escape(e.name)}'>"
-            f"<figcaption style='font-size:11px;line-height:1.2'>{escape(e.caption)}</figcaption>"
+            f"<figcaption style='font-size:11px;line-height:1.3;white-space:normal'>{escape(e.caption)}</figcaption>"
             "</figure>"
             for e in self.history
         )

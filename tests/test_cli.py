@@ -410,11 +410,12 @@ def test_options_reach_the_configuration(capsys, small, monkeypatch, tmp_path):
         "seed": 7,
     }
     words = [w for name, x in options.items() for w in (f"--{name.replace('_', '-')}", str(x))]
-    words += ["--batch-size", "3"]
+    words += ["--batch-size", "3", "--share", "0.7", "--keep-patches", "9"]
     run(capsys, *STAGE1, *words, "--tensorboard", "--itm-pairs", "2", "--objectives", "itm,itc")
     expected = training.TrainingConfig(Path("run"), tensorboard=True, **options)
     assert seen["config"] == expected
-    assert seen["batches"].batch_size == 3
+    (source,), share = seen["batches"].sources, seen["batches"].share
+    assert (source.batch_size, source.keep_patches, share) == (3, 9, 0.7)
     assert seen["rest"] == (["itm", "itc"], 2, True, False)
 
 

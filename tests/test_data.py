@@ -240,7 +240,8 @@ def test_flipped_views():
 
 
 def test_a_crop_is_a_part_and_always_the_same():
-    ramp = np.stack(np.meshgrid(np.arange(200), np.arange(100)) + [np.zeros((100, 200))], axis=2)
+    columns, rows = np.meshgrid(np.arange(200), np.arange(100))
+    ramp = np.stack([columns, rows, 0 * rows], axis=2)
     image = Image.fromarray(ramp.astype(np.uint8))  # red tells the column, green the row
     parts, mirrored = set(), 0
     for seed in range(20):
@@ -327,7 +328,7 @@ DAMAGES = {
 def test_a_damaged_cache_is_mended(tmp_path, damage, name):
     examples = pictures(10)
     open_and_count(examples)
-    (file,) = (tmp_path / "cache").glob(f"*/original/{name}")
+    (file,) = (tmp_path / "cache").glob(f"*/view-0/{name}")
     spoil, again = DAMAGES[damage]
     spoil(file)
     cache, seen = open_and_count(examples)
@@ -339,7 +340,7 @@ def test_a_damaged_cache_is_mended(tmp_path, damage, name):
 def test_no_flipped_byte_of_a_header_goes_unnoticed(tmp_path):
     examples = pictures(2)
     open_and_count(examples)
-    (file,) = (tmp_path / "cache").glob("*/original/features.npy")
+    (file,) = (tmp_path / "cache").glob("*/view-0/features.npy")
     whole = file.read_bytes()
     checksums = (file.parent / "checksums.npy").read_bytes()
     for place in range(128):

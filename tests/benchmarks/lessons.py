@@ -1,0 +1,95 @@
+"""Run every lesson, measure seconds and peak memory, and write the table of notebooks/README.md.
+
+python tests/benchmarks/lessons.py          # measure only
+python tests/benchmarks/lessons.py --save   # and keep the notebooks as they have run
+"""
+
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import date
+from pathlib import Path
+
+import nbformat
+import psutil
+
+from blip2_edu.hardware import hardware_table
+
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+MAP = NOTEBOOKS / "README.md"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def run(path: Path) -> tuple[float, float, nbformat.NotebookNode]:
+    """Execute a notebook in a kernel of its own: seconds, peak memory in GB, and what it became."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute"]
+        command += ["--ExecutePreprocessor.store_widget_state=False"]
+        command += ["--ExecutePreprocessor.timeout=300", f"--output-dir={folder}", str(path)]
+        start, peak, done = time.perf_counter(), 0.0, threading.Event()
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+        def watch() -> None:
+            nonlocal peak
+            while not done.wait(0.1):
+                peak = max(peak, memory(process.pid))
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        _, errors = process.communicate()
+        seconds = time.perf_counter() - start
+        done.set()
+        watcher.join()
+        if process.returncode:
+            raise SystemExit(f"{path.name} does not run:\n{errors[-2000:]}")
+        return seconds, peak, nbformat.read(Path(folder) / path.name, as_version=4)
+
+
+def memory(pid: int) -> float:
+    """Gigabytes that a process and its children hold now."""
+    try:
+        parent = psutil.Process(pid)
+        tree = [parent, *parent.children(recursive=True)]
+        return sum(process.memory_info().rss for process in tree) / 2**30
+    except psutil.NoSuchProcess:
+        return 0.0
+
+
+def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Drop when each cell ran and what widgets looked like: neither belongs into a commit."""
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+    return notebook
+
+
+def table(measured: list[tuple[str, float, float]]) -> str:
+    """The measurements as Markdown, with the machine and the date."""
+    machine = dict(hardware_table())
+    where = ", ".join(machine[name] for name in ("Processor", "Memory"))
+    rows = [f"| {name} | {seconds:.0f} | {peak:.1f} |" for name, seconds, peak in measured]
+    total = sum(seconds for _, seconds, _ in measured)
+    rows.append(f"| all | {total:.0f} | |")
+    head = ["| notebook | seconds | peak memory, GB |", "|---|---|---|"]
+    note = f"{date.today()}, {where}, GPU: {machine['GPU']}; starting the kernel included."
+    return "\n".join([BEGIN, note, "", *head, *rows, END])
+
+
+def main() -> None:
+    measured = []
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")) + sorted(NOTEBOOKS.glob("solutions/*.ipynb")):
+        seconds, peak, notebook = run(path)
+        name = path.relative_to(NOTEBOOKS).as_posix()
+        print(f"{name:<44}{seconds:>6.0f} s{peak:>6.1f} GB", flush=True)
+        measured.append((name, seconds, peak))
+        if "--save" in sys.argv:
+            nbformat.write(clean(notebook), path)
+    text = MAP.read_text()
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    MAP.write_text(before + table(measured) + after)
+
+
+if __name__ == "__main__":
+    main()

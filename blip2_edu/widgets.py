@@ -297,8 +297,8 @@ class Demo(widgets.VBox):
         figures = "".join(
             f"<figure style='display:inline-block;width:{THUMBNAIL + 20}px;margin:4px;"
             f"vertical-align:top'><img src='{e.thumbnail}' alt='{escape(e.name)}'>"
-            f"<figcaption style='font-size:11px;line-height:1.3;white-space:normal'>{escape(e.caption)}</figcaption>"
-            "</figure>"
+            "<figcaption style='font-size:11px;line-height:1.3;white-space:normal'>"
+            f"{escape(e.caption)}</figcaption></figure>"
             for e in self.history
         )
         self.strip.value = f"<div style='overflow-x:auto;white-space:nowrap'>{figures}</div>"

@@ -28,6 +28,7 @@ MAX_QUESTION = 200  # characters; a longer one is no question about a photo
 MAX_SENTENCES = 12
 SHOWN = 420  # pixels of the longer side of the photo on the page
 THUMBNAIL = 96
+FORMULA = ("=", "+", "-", "@")  # what a spreadsheet would compute
 LINE = "min-height:1.6em"  # of the status, so that nothing moves when it is empty
 
 
@@ -333,14 +334,14 @@ def history_html(history: list[Entry]) -> str:
 
 
 def history_csv(history: list[Entry]) -> str:
-    """A row for each photo and question; a leading = + - @ is quoted, spreadsheets run it."""
+    """A row for each photo and question; what would be a formula is quoted."""
     file = io.StringIO()
     writer = csv.writer(file)
     writer.writerow(["photo", "caption", "question", "answer"])
     for e in history:
         for question, answer in e.answers or [("", "")]:
             row = (e.name, e.caption, question, answer)
-            writer.writerow([f"'{cell}" if cell[:1] in "=+-@" else cell for cell in row])
+            writer.writerow([f"'{cell}" if cell.startswith(FORMULA) else cell for cell in row])
     return file.getvalue()
 
 

@@ -18,7 +18,6 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from blip2_edu import training
 from blip2_edu.checkpoints import load_tensors
 from blip2_edu.training import (
     Mixture,
@@ -72,12 +71,6 @@ class Points:
         x = torch.randn(self.size, 3, generator=generator)
         y = x @ torch.tensor([[1.0, 2, 3], [4, 5, 6]]).T
         return {"x": x, "y": y, "odd": torch.tensor(self.odd.get(step, 0.0))}
-
-
-@pytest.fixture(autouse=True)
-def in_float32(monkeypatch):
-    """What is compared with what does not hang on whether this processor knows bfloat16."""
-    monkeypatch.setattr(training, "native_bfloat16", lambda device: False)
 
 
 def config(folder: Path, **settings) -> TrainingConfig:

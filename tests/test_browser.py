@@ -110,7 +110,7 @@ def use_the_demo(page, files: dict[str, Path], name: str) -> None:
     """Do what an instructor does, and what a class would try."""
     picker = page.locator(".blip2-picker")
     picker.wait_for()
-    page.get_by_text("is ready: choose a photo").wait_for()
+    page.get_by_text(re.compile("is ready: choose a photo|Move the slider")).first.wait_for()
     assert picker.locator(".gallery img").count() >= 16
     screenshot(page, f"{name}-1-ready")
 
@@ -178,7 +178,11 @@ def test_the_demo_in_jupyterlab(page, files, tmp_path):
         options.append("--allow-root")
     with server("jupyter", "lab", *options) as address:
         page.goto(f"{address}/lab/tree/12_live_demo.ipynb")
-        page.locator(".jp-NotebookPanel").wait_for()
+        idle = page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+        idle.wait_for()
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=busy]").wait_for()
+        idle.wait_for()
+        page.locator(".jp-WindowedPanel-outer").first.evaluate("panel => panel.scrollTop = 0")
         use_the_demo(page, files, "lab")

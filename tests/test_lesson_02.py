@@ -35,7 +35,8 @@ def test_the_stages_end_in_the_encoders_features(lesson, encoder, pixels):
 
 def test_the_last_stages_go_on_where_the_others_end(lesson, encoder, pixels):
     last = lesson["LastStages"](encoder.network, 11).eval()
-    maps = lesson["stages"](encoder.network, pixels)["block 10"]
+    maps = lesson["below"](encoder.network, 11, pixels)
+    assert torch.equal(maps, lesson["stages"](encoder.network, pixels)["block 10"])
     expected = encoder(pixels).mean(dim=1)
     torch.testing.assert_close(last(maps), expected, atol=1e-4, rtol=1e-4)
     assert all(p.requires_grad for p in last.parameters())

@@ -1,7 +1,8 @@
 """Frozen image encoders behind one interface: photographs in, a grid of features out.
 
-BLIP-2 never trains its image encoder (paper, section 3). Here that is a property of the class, not
-of the caller's care: its parameters take no gradient and it cannot be put into training mode.
+BLIP-2 trains a bridge and leaves its image encoder as it is (paper, section 3). Here that is a
+property of the class, not of the caller's care: its parameters take no gradient and it cannot be
+put into training mode.
 
 Axis letters: `B` images, `N` features an image (patches, and a class token if there is one), `W`
 width of a feature.

@@ -23,6 +23,7 @@ from blip2_edu.attention import KeysValues
 from blip2_edu.blip2 import Blip2, ImageSource
 from blip2_edu.images import open_image
 from blip2_edu.qformer import QFormer
+from blip2_edu.stage1 import Blip2Stage1
 
 if TYPE_CHECKING:
     from IPython.display import Image as NotebookImage
@@ -51,18 +52,25 @@ def match_attention(
 ) -> Tensor:
     """Where each image supports its text: gradient-weighted maps of ITM's match logit, (B, R, K).
 
-    Of the Q-Former that matches, over all its blocks. Raises ImageError.
+    Of the Q-Former that matches, over all its blocks. Raises ImageError, and WeightsError if the
+    checkpoint has no such Q-Former.
     """
-    reader = model.stage1.eval()
+    reader = model._retriever()
     ids, mask = (x.to(model.device) for x in model.tokenizer(list(texts)))
-    features = model.encode_images(images).requires_grad_()
+    return _places(model, match_relevance(reader, model.encode_images(images), ids, mask))
+
+
+def match_relevance(
+    reader: Blip2Stage1, image_features: Tensor, text_ids: Tensor, text_mask: Tensor
+) -> Tensor:
+    """What each frozen feature of (B, N, W) adds to the match logit of its text (B, T): (B, N)."""
+    features = image_features.detach().requires_grad_()
     with torch.enable_grad(), _watch(reader.qformer) as watched:
         image = reader.project_image(features)
-        queries = reader.qformer(image, ids, mask, return_attention=True)
-        logits = reader.itm_head(queries.queries).mean(dim=1)  # (B, 2)
+        read = reader.qformer(image, text_ids, text_mask, return_attention=True)
+        logits = reader.itm_head(read.queries).mean(dim=1)  # (B, 2)
         score = logits[:, 1] - logits[:, 0]
-        maps = _weigh_by_gradient(score, queries.cross_attention, image, watched)
-    return _places(model, maps)
+        return _weigh_by_gradient(score, read.cross_attention, image, watched)
 
 
 def word_attention(
@@ -74,26 +82,29 @@ def word_attention(
     """Where each word of a text came from: gradient-weighted maps, (words, R, K) for each image.
 
     Words are those of `text.split()`; a word's score is the log likelihood of its tokens after the
-    prompt (by default that of captions) and the words before it. Raises ImageError.
+    prompt (by default that of captions) and the words before it. An empty text has no maps.
+    Raises ImageError.
     """
     language, prompts = model.language_model, prompts or [model.config.prompts.caption] * len(texts)
     words = [language.word_of_token(text) for text in texts]
+    counts = [max(of_token, default=-1) + 1 for of_token in words]
     features = model.eval().encode_images(images).requires_grad_()
     with torch.enable_grad(), _watch(model.qformer) as watched:
         image = model.qformer.project_image(model.image_norm(features))
         read = model.qformer(image, return_attention=True)
         soft_prompt = model.soft_prompt_norm(model.language_projection(read.queries))
         scores = language.log_likelihoods(soft_prompt, list(prompts), list(texts))  # (B, T)
-        maps = []
-        for word in range(max(map(max, words)) + 1):
+        maps = [features.new_zeros(len(features), 0, features.shape[1])]  # (B, words, N) each
+        for word in range(max(counts)):
             of_word = torch.zeros_like(scores)
             for row, of_token in enumerate(words):
                 for token, number in enumerate(of_token):
                     of_word[row, token] = number == word
             score = (scores * of_word).sum(dim=1)  # (B,)
-            maps.append(_weigh_by_gradient(score, read.cross_attention, image, watched))
-    maps = _places(model, torch.stack(maps, dim=1))  # (B, words, R, K)
-    return [some[: max(of_token) + 1] for some, of_token in zip(maps, words, strict=True)]
+            relevance = _weigh_by_gradient(score, read.cross_attention, image, watched)
+            maps.append(relevance[:, None])
+    maps = _places(model, torch.cat(maps, dim=1))  # (B, words, R, K)
+    return [some[:count] for some, count in zip(maps, counts, strict=True)]
 
 
 @contextmanager
@@ -209,17 +220,20 @@ def gallery_figure(
     images = [open_image(image) for image in images]
     columns = min(columns, len(images))
     aspects = [min(image.height / image.width, 1.5) for image in images]
-    tallest = [max(aspects[i : i + columns]) for i in range(0, len(images), columns)]
-    heights = [width * aspect + 0.6 for aspect in tallest]  # of the rows, with titles
-    figure = Figure(figsize=(width * columns, sum(heights) + 0.3), layout="constrained")
+    titles = [plain(title, int(115 * width / fontsize)) for title in titles]
+    lines = [title.count("\n") + 1 for title in titles]
+    heights = [  # of the rows, with titles
+        width * max(aspects[i : i + columns]) + 0.02 * fontsize * max(lines[i : i + columns]) + 0.1
+        for i in range(0, len(images), columns)
+    ]
+    figure = Figure(figsize=(width * columns, sum(heights) + 0.1), layout="constrained")
     axes = figure.subplots(len(heights), columns, squeeze=False, height_ratios=heights).flatten()
     for ax in axes:
         ax.axis("off")
         ax.set_anchor("N")  # else pictures of unlike height and their titles stand out of line
     for ax, image, title in zip(axes, images, titles, strict=False):
         ax.imshow(image)
-        characters = int(115 * width / fontsize)
-        ax.set_title(plain(title, characters), fontsize=fontsize, parse_math=False)
+        ax.set_title(title, fontsize=fontsize, parse_math=False)
     return figure
 
 

@@ -100,6 +100,11 @@ class Blip2(nn.Module):
         tokenizer: Tokenizer | None = None,
     ):
         super().__init__()
+        if config.qformer.image_width != image_encoder.width:
+            raise WeightsError(
+                f"This Q-Former reads features of width {config.qformer.image_width}, and "
+                f"{image_encoder.name} gives {image_encoder.width}: name the encoder it had."
+            )
         self.config = config
         self.image_encoder = image_encoder
         self.language_model = language_model
@@ -217,7 +222,7 @@ class Blip2(nn.Module):
     def from_pretrained(cls, name: str | Path = "mini") -> "Blip2":
         """Load "mini", a folder that `save_pretrained` wrote, or a published BLIP-2 by hub id.
 
-        Half-precision files are loaded into float32. Raises WeightsError.
+        What we learned is kept in half precision and loaded into float32. Raises WeightsError.
         """
         folder = checkpoint_folder(name)
         try:
@@ -282,7 +287,8 @@ def load_learned(model: Blip2, state: dict[str, Tensor]) -> None:
 def load_published(name: str | Path, folder: Path) -> Blip2:
     """A BLIP-2 in transformers' form, such as Salesforce/blip2-opt-2.7b, as ours.
 
-    Its Q-Former and queries are kept in the precision of the files, float32 for the published ones.
+    Encoder and language model keep the precision of the files; the Q-Former and the queries come in
+    float32, as the published ones are.
     """
     from transformers import Blip2ForConditionalGeneration
 

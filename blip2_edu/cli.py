@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blip2_edu import __version__
+from blip2_edu import UserError, __version__
 from blip2_edu.cli_train import BatchSize, Data, Limit, Split, read, say, train
 from blip2_edu.weights import (
     EMBEDDED,
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(f"{error.format_message().rstrip('.')}. See `{command} --help`.", 2)
     except ImportError as error:
         return fail(f"{error} (`python -m blip2_edu doctor` tells what to install)")
-    except user_errors() as error:
+    except UserError as error:
         return fail(str(error))
     except out_of_memory():
         return fail("Out of memory: use a smaller --batch-size, or close other programs.")
@@ -60,16 +60,6 @@ def main(arguments: list[str] | None = None) -> int:
     if code == 130:
         return fail("Stopped.", 130)
     return code or 0
-
-
-def user_errors() -> tuple[type[Exception], ...]:
-    """What says in one sentence what a user can mend; looked up only once something failed."""
-    from blip2_edu.data import DataError
-    from blip2_edu.folders import TableError
-    from blip2_edu.images import ImageError
-    from blip2_edu.training import TrainingError
-
-    return ImageError, WeightsError, DataError, TrainingError, TableError
 
 
 def out_of_memory() -> tuple[type[Exception], ...]:
@@ -93,7 +83,9 @@ def load_model(name: str) -> "Blip2":
 def caption(
     images: Annotated[
         list[str] | None,
-        typer.Argument(help="paths or addresses, or one folder; none: the course's own photos"),
+        typer.Argument(
+            help="paths or addresses; with --csv a folder; none: the course's own photos"
+        ),
     ] = None,
     model: Model = "mini",
     beams: Beams = 5,
@@ -109,16 +101,18 @@ def caption(
     """Say in a sentence what is in each image."""
     if attention and attention.suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         raise typer.BadParameter(f"{attention} should end in .png, .jpg, .pdf or .svg.")
+    if attention and not attention.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{attention.parent} is no folder to write into.")
     if table:
-        if not images or len(images) != 1 or not Path(images[0]).is_dir():
-            raise typer.BadParameter("--csv captions one folder: name it.")
+        if attention or not images or len(images) != 1 or not Path(images[0]).is_dir():
+            raise typer.BadParameter("--csv captions one folder, without --attention: name it.")
         from blip2_edu.folders import caption_folder
 
         done, problems = caption_folder(
             Path(images[0]), table, lambda: load_model(model), batch_size, beams
         )
         say(f"{done} captions and {problems} problems are new in {table}.")
-        return
+        raise typer.Exit(1 if problems else 0)
     from blip2_edu.evaluation import batched
     from blip2_edu.images import ImageError, open_image
 

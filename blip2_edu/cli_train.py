@@ -18,7 +18,7 @@ train = typer.Typer(help="Train the Q-Former: stage 1, then stage 2.", rich_mark
 SOURCE = "parquet file, image folder, hub id, or scenes:N for N drawn scenes"
 Data = Annotated[str, typer.Option(help=SOURCE)]
 Sources = Annotated[list[str], typer.Option(help=SOURCE + "; again for more")]
-Split = Annotated[str, typer.Option(help="which part, of a hub data set")]
+Split = Annotated[str, typer.Option(help="which part, of a hub data set or a divided folder")]
 Limit = Annotated[int | None, typer.Option(min=1, help="use the first N examples only")]
 BatchSize = Annotated[int, typer.Option(min=1, help="images a step, on each process")]
 Folder = Annotated[Path, typer.Option(file_okay=False, help="for states, metrics and the model")]
@@ -108,7 +108,7 @@ def stage1(
         seed=seed,
         tensorboard=tensorboard,
     )
-    image_encoder = load_image_encoder(encoder)
+    image_encoder = load_image_encoder(encoder).to(PartialState().device)
     sources = []
     for name in data:
         pair = read(name, image_encoder, views=views, limit=limit, need="captions")
@@ -118,6 +118,7 @@ def stage1(
     model, tokenizer, pretrained = stage1_from_minilm(queries, image_encoder.width)
     if start_from:
         load_strictly(model, load_tensors(start_from / "stage1.safetensors")[0])
+        pretrained = set(model.state_dict())
     images = sum(len(source.usable) for source in sources)
     say(f"Stage 1: {', '.join(chosen)} on {images} images.")
     train_stage1(
@@ -212,7 +213,7 @@ def stage2(
         seed=seed,
         tensorboard=tensorboard,
     )
-    image_encoder = load_image_encoder(encoder)
+    image_encoder = load_image_encoder(encoder).to(PartialState().device)
     sources = []
     for name in data:
         pair = read(name, image_encoder, views=views, limit=limit, need="captions")
@@ -268,13 +269,14 @@ def read(
 
     from blip2_edu.data import DataError, load_examples, open_features
 
-    drawn = source.startswith("scenes:")
-    examples = load_examples(source, "train" if drawn or Path(source).exists() else split, limit)
+    drawn, path = source.startswith("scenes:"), Path(source)
+    whole = drawn or path.exists() and not (path / split).is_dir()  # it is not divided
+    examples = load_examples(source, "train" if whole else split, limit)
     if need and not any(getattr(examples, need)):
         raise DataError(f"{source} has no {need}.")
     with PartialState().main_process_first():  # the others find the features in the cache
         # Mirrored, a drawn scene would not be what its captions and answers say.
-        features = open_features(examples, encoder.to(PartialState().device), 1 if drawn else views)
+        features = open_features(examples, encoder, 1 if drawn else views)
     return examples, features
 
 

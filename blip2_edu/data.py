@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from blip2_edu import UserError
 from blip2_edu.images import ImageError, open_image
 from blip2_edu.scenes import scene_dataset
 from blip2_edu.vision import ImageEncoder
@@ -27,7 +28,7 @@ QUESTION = {"answers": [], "answer_type": "other", "question_type": ""}  # what 
 CACHE_FOLDER = ROOT / "data" / "cache"
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """The data cannot be used as asked; the message is one sentence for the user."""
 
 
@@ -96,7 +97,7 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
         if row[image_column] is None:
             raise DataError(f"{source} has no image in row {len(images)}.")
         images.append(row[image_column])
-        captions.append([tidy(text) for column in columns for text in _as_list(row[column])])
+        captions.append([text for column in columns for text in _as_list(row[column], column)])
         asked = row.get("questions") or []
         if not all(isinstance(q, dict) and q.get("question") and q.get("answer") for q in asked):
             raise DataError(f"{source} has a question without text or answer in row {len(images)}.")
@@ -112,12 +113,15 @@ def _caption_columns(columns: list[str]) -> list[str]:
 
 def tidy(text: str) -> str:
     """Single spaces, none in front of punctuation: a model writes captions as it has read them."""
-    return re.sub(r"\s+([.,;:!?])", r"\1", " ".join(text.split()))
+    return re.sub(r"\s+([.,;:!?])(?=\s|$)", r"\1", " ".join(text.split()))
 
 
-def _as_list(value: str | list[str] | None) -> list[str]:
-    """One text or several, less the empty ones."""
-    return [text for text in ([value] if isinstance(value, str) else value or []) if text]
+def _as_list(value: str | list[str] | None, column: str) -> list[str]:
+    """One text or several, tidy, less the empty ones."""
+    texts = [value] if isinstance(value, str) else value or []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"The column {column} holds something else than texts.")
+    return [tidy(text) for text in texts if text.strip()]
 
 
 @dataclass
@@ -163,10 +167,11 @@ def open_features(
 
 
 def _cache_key(examples: Examples, encoder: ImageEncoder) -> str:
-    digest = hashlib.sha256(encoder.fingerprint().encode())
+    digest = hashlib.sha256(f"{encoder.fingerprint()} {CROP}".encode())
     for stored in examples.images:
         data = stored["bytes"]
-        digest.update(hashlib.sha256(data or Path(stored["path"]).read_bytes()).digest())
+        data = data if data is not None else Path(stored["path"]).read_bytes()
+        digest.update(hashlib.sha256(data).digest())
     return digest.hexdigest()[:32]
 
 

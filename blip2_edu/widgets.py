@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from threading import Lock
 
 import anywidget
 import ipywidgets as widgets
@@ -28,8 +29,11 @@ MAX_QUESTION = 200  # characters; a longer one is no question about a photo
 MAX_SENTENCES = 12
 SHOWN = 420  # pixels of the longer side of the photo on the page
 THUMBNAIL = 96
-FORMULA = ("=", "+", "-", "@")  # what a spreadsheet would compute
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet would compute
 LINE = "min-height:1.6em"  # of the status, so that nothing moves when it is empty
+
+
+current: "Demo | None" = None  # what `blip2_edu.demo()` made last
 
 
 class PhotoPicker(anywidget.AnyWidget):
@@ -69,6 +73,9 @@ class PhotoPicker(anywidget.AnyWidget):
                 data += buffers[0]
                 if len(data) >= size:
                     self._on_photo(bytes(self._arriving.pop(upload)), str(name))
+            case {"kind": "unreadable", "id": upload, "name": name}:
+                self._arriving.pop(upload, None)
+                self._on_refusal(f"The browser cannot read {name}: drop one file, no folder.")
             case {"kind": "too large", "name": name, "size": size}:
                 limit = f"{size / 1e6:.0f} MB; at most {self.max_bytes / 1e6:.0f} MB can be sent"
                 self._on_refusal(f"{name} has {limit}: save it smaller.")
@@ -93,6 +100,7 @@ class Demo(widgets.VBox):
         self._jobs = ThreadPoolExecutor(max_workers=1)
         self._last: Future | None = None
         self._photo_number = 0
+        self._showing = Lock()  # what the slider shows belongs to the photo and words of now
         self.model: Blip2 | None = None
         self.image: Image.Image | None = None
         self.words: torch.Tensor | None = None  # (words, R, K)
@@ -178,9 +186,11 @@ class Demo(widgets.VBox):
 
         def work() -> None:
             try:
-                self.image = open_image(source)
+                image = open_image(source)
             except ImageError as error:
                 raise ImageError(str(error).replace("the image data", name, 1)) from error
+            with self._showing:
+                self.image, self.words = image, None
             self.chat.value = self.bars.value = ""
             self.history.append(Entry(name, data_url(self.image, THUMBNAIL)))
             self._describe()
@@ -193,6 +203,8 @@ class Demo(widgets.VBox):
 
     def _describe(self) -> None:
         """Caption the photo, then find where each word comes from."""
+        with self._showing:
+            self.words = None
         self.word.disabled, self.word.options = True, ["photo"]
         self.caption.value = ""
         self._show_photo()
@@ -207,7 +219,9 @@ class Demo(widgets.VBox):
         if not caption:
             return self._say("The model has nothing to say about this photo.")
         self._say("Finding out where each word comes from", busy=True)
-        self.words = word_attention(self.model, self.image, [caption])[0]
+        maps = word_attention(self.model, self.image, [caption])[0]
+        with self._showing:
+            self.words = maps
         words = [f"{i} {word}" for i, word in enumerate(caption.split(), start=1)]
         self.word.options, self.word.disabled = ["photo", *words], False
         self._say("Move the slider: where does each word come from?")
@@ -220,9 +234,9 @@ class Demo(widgets.VBox):
         if len(question) > MAX_QUESTION:
             limit = f"at most {MAX_QUESTION} characters, and this one has {len(question):,}"
             return self._refuse(f"A question may have {limit}.")
-        self.question.value = ""
 
         def work() -> None:
+            self.question.value = ""
             answer = self.model.answer(self.image, question, max_new_tokens=16)[0]
             self.history[-1].answers.append((question, answer))
             self.chat.value = "".join(
@@ -249,6 +263,12 @@ class Demo(widgets.VBox):
             self._say(f"{dropped} sentences were too many and left out." if dropped else "")
 
         self._start("Comparing", work, self._photo_number, needs_photo=True)
+
+    def close(self) -> None:
+        """Let go of the model; ipywidgets keeps every widget that is not closed."""
+        self._jobs.shutdown(wait=False, cancel_futures=True)
+        self.model = self.image = self.words = None
+        super().close()
 
     def wait(self) -> None:
         if self._last is not None:
@@ -289,9 +309,11 @@ class Demo(widgets.VBox):
 
     def _show_photo(self) -> None:
         """The photo, or the map of the word that the slider is on."""
-        chosen = self.word.index
-        shown = self.image if not chosen else overlay(self.image, self.words[chosen - 1])
-        self.photo.value = jpeg(shown, SHOWN)
+        with self._showing:
+            word = (self.word.index or 0) - 1
+            known = self.words is not None and 0 <= word < len(self.words)
+            shown = overlay(self.image, self.words[word]) if known else self.image
+            self.photo.value = jpeg(shown, SHOWN)
         self.photo.layout.visibility = "visible"
 
     def _show_history(self) -> None:

@@ -261,6 +261,7 @@ def test_a_crop_is_a_part_and_always_the_same():
 
 
 def test_captions_are_tidied():
+    assert tidy("a .22 rifle :)") == "a .22 rifle :)"
     assert tidy(" A dog ,  a cat\tand a man 's hat . ") == "A dog, a cat and a man 's hat."
 
 

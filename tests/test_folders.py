@@ -1,6 +1,7 @@
 """A folder into a table: every file has one row, whatever happens in between."""
 
 import csv
+import os
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,9 @@ def folder(tmp_path):
         Image.new("RGB", (10 + i, 9)).save(place / f"{i}.png")
     Image.new("RGB", (40, 9)).save(place / "below" / "=x, y.jpg")
     (place / "notes.txt").write_text("no image")
+    Image.new("RGB", (50, 9)).save(place / "z\u2028\n.png")  # the last row
+    (place / ".hidden").mkdir()
+    Image.new("RGB", (60, 9)).save(place / ".hidden" / "shown.png")
     (place / "empty.jpg").touch()
     (place / ".hidden.png").write_bytes(b"")
     return place
@@ -47,8 +51,9 @@ def rows(table: Path) -> list[dict]:
 
 def complete(table: Path) -> bool:
     found = {row["file"]: row for row in rows(table)}
-    assert len(found) == len(rows(table)) == 8
-    assert found["3.png"]["caption"] == '13, "5"\nbeams' and not found["3.png"]["problem"]
+    assert len(found) == len(rows(table)) == 9
+    assert found["3.png"]["caption"] == '13, "5" beams' and not found["3.png"]["problem"]
+    assert found["z\u2028\n.png"]["caption"].startswith("50")
     assert found["below/=x, y.jpg"]["caption"].startswith("40")
     assert not found["notes.txt"]["caption"] and "not an image" in found["notes.txt"]["problem"]
     assert "empty" in found["empty.jpg"]["problem"]
@@ -57,7 +62,7 @@ def complete(table: Path) -> bool:
 
 def test_every_file_has_a_row_and_a_bad_one_says_why(folder, tmp_path):
     model, table = Fake(), tmp_path / "out.csv"
-    assert caption_folder(folder, table, lambda: model, batch_size=3) == (6, 2)
+    assert caption_folder(folder, table, lambda: model, batch_size=3) == (7, 2)
     assert complete(table)
     assert max(model.batches) > 1
     again = caption_folder(folder, table, lambda: pytest.fail("loaded for nothing"))
@@ -69,19 +74,31 @@ def test_it_goes_on_where_it_was_stopped(folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         caption_folder(folder, table, lambda: Fake(patience=2), batch_size=2)
     some = len(rows(table))
-    assert 0 < some < 8
+    assert 0 < some < 9
     model = Fake()
     caption_folder(folder, table, lambda: model, batch_size=2)
-    assert complete(table) and sum(model.batches) < 6
+    assert complete(table) and sum(model.batches) < 7
 
 
-@pytest.mark.parametrize("cut", range(1, 12))
+@pytest.mark.parametrize("cut", [*range(1, 40), 300, 10_000])
 def test_a_half_written_row_is_written_again(folder, tmp_path, cut):
     table = tmp_path / "out.csv"
     caption_folder(folder, table, Fake)
-    table.write_bytes(table.read_bytes()[:-cut])
+    table.write_bytes(table.read_bytes()[: max(-cut, 10 - table.stat().st_size)])
     caption_folder(folder, table, Fake)
     assert complete(table)
+
+
+def test_a_name_that_is_no_utf8(folder, tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        Image.new("RGB", (70, 9)).save(folder / name)
+    except OSError:
+        pytest.skip("this file system holds no such name")
+    table = tmp_path / "out.csv"
+    assert caption_folder(folder, table, Fake) == (8, 2)
+    assert caption_folder(folder, table, Fake) == (0, 0)
+    assert b"caf\xe9.png" in table.read_bytes()
 
 
 def test_the_table_may_lie_in_the_folder(folder):

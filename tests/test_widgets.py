@@ -188,6 +188,24 @@ def test_before_anything_is_loaded_or_chosen(monkeypatch):
     assert "Choose a photo first" in said(demo)
 
 
+def test_a_slider_that_is_ahead_of_its_words_shows_the_photo(demo):
+    demo.word.value = demo.word.options[-1]
+    with_word = demo.photo.value
+    demo.words = None  # as while a new caption is being written
+    demo._show_photo()
+    assert demo.photo.value != with_word and "Traceback" not in demo.status.value
+
+
+def test_a_cell_that_runs_again_closes_its_demo(monkeypatch):
+    monkeypatch.setattr(widgets.Demo, "load", lambda self, checkpoint: None)
+    monkeypatch.setattr(widgets, "current", None)
+    first = blip2_edu.demo()
+    first.model = object()
+    second = blip2_edu.demo()
+    assert first.model is None and first.comm is None
+    assert widgets.current is second
+
+
 def picker(calls: list) -> widgets.PhotoPicker:
     return widgets.PhotoPicker([COW], lambda *photo: calls.append(photo), calls.append)
 
@@ -204,7 +222,7 @@ def test_the_picker_puts_pieces_together():
     calls = []
     chosen = picker(calls)
     for upload, piece in (("a", b"12"), ("b", b"xy"), ("a", b"3"), ("b", b"z")):
-        about = {"kind": "piece", "id": upload, "name": upload, "size": 3, "start": 0}
+        about = {"kind": "piece", "id": upload, "name": upload, "size": 3}
         chosen._receive(chosen, about, [memoryview(piece)])
     assert calls == [(b"123", "a"), (b"xyz", "b")]
     chosen._receive(chosen, {"kind": "piece", "id": "c", "name": "c", "size": 0}, [b""])
@@ -216,9 +234,13 @@ def test_the_picker_says_what_the_browser_cannot_give():
     chosen = picker(calls)
     chosen._receive(chosen, {"kind": "too large", "name": "a.tif", "size": 99_000_000}, [])
     chosen._receive(chosen, {"kind": "no webcam", "reason": "denied"}, [])
+    chosen._receive(chosen, {"kind": "piece", "id": "d", "name": "d", "size": 9}, [b"1"])
+    chosen._receive(chosen, {"kind": "unreadable", "id": "d", "name": "d"}, [])
+    assert not chosen._arriving
     assert calls == [
         "a.tif has 99 MB; at most 32 MB can be sent: save it smaller.",
         "The browser gives no webcam: denied.",
+        "The browser cannot read d: drop one file, no folder.",
     ]
 
 

@@ -49,6 +49,11 @@ def attempted(value: Any) -> Any:
     return value
 
 
+def in_a_line(error: Exception) -> str:
+    """The kind of an error and its message on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def exercise(check: Callable[[Any], str]) -> Callable[[Any], Verdict]:
     """Turn `check` into a function that always returns a Verdict, whatever the attempt does.
 
@@ -60,7 +65,12 @@ def exercise(check: Callable[[Any], str]) -> Callable[[Any], Verdict]:
     @wraps(check)
     def checked(attempt: Any) -> Verdict:
         def call(*arguments: Any, **options: Any) -> Any:
-            return attempted(attempt(*arguments, **options))
+            try:
+                return attempted(attempt(*arguments, **options))
+            except (NotAttempted, NotImplementedError):
+                raise NotAttempted from None
+            except Exception as error:  # the student's code may raise anything
+                raise Mistake(f"your code stops with {in_a_line(error)}") from error
 
         try:
             is_function = callable(attempt) and not isinstance(attempt, type)
@@ -69,7 +79,7 @@ def exercise(check: Callable[[Any], str]) -> Callable[[Any], Verdict]:
             return Verdict(None, "Not attempted yet.")
         except Mistake as mistake:
             return Verdict(False, str(mistake))
-        except Exception as error:  # the student's code may raise anything
-            return Verdict(False, f"your code stops with {type(error).__name__}: {error}")
+        except Exception as error:  # of what kind an answer is nobody can foresee
+            return Verdict(False, f"what it gives cannot be used: {in_a_line(error)}")
 
     return checked

@@ -4,6 +4,7 @@ python tests/benchmarks/lessons.py          # measure only
 python tests/benchmarks/lessons.py --save   # and keep the notebooks as they have run
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -78,16 +79,19 @@ def table(measured: list[tuple[str, float, float]]) -> str:
 
 
 def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    options.add_argument("--save", action="store_true", help="keep the notebooks as they have run")
+    save = options.parse_args().save
+    before, rest = MAP.read_text().split(BEGIN)
+    after = rest.split(END)[1]
     measured = []
     for path in sorted(NOTEBOOKS.glob("*.ipynb")) + sorted(NOTEBOOKS.glob("solutions/*.ipynb")):
         seconds, peak, notebook = run(path)
         name = path.relative_to(NOTEBOOKS).as_posix()
         print(f"{name:<44}{seconds:>6.0f} s{peak:>6.1f} GB", flush=True)
         measured.append((name, seconds, peak))
-        if "--save" in sys.argv:
+        if save:
             nbformat.write(clean(notebook), path)
-    text = MAP.read_text()
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
     MAP.write_text(before + table(measured) + after)
 
 

@@ -14,6 +14,7 @@ from test_vision import state_hash
 from transformers import Blip2Config as TheirConfig
 from transformers import Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig
 
+from blip2_edu import blip2
 from blip2_edu.blip2 import Blip2, Blip2Config, Prompts, learned_state
 from blip2_edu.images import ImageError
 from blip2_edu.training import TrainingConfig, parameter_groups
@@ -343,3 +344,19 @@ def test_the_prompts():
             assert prompt.count("{image}") == 1
         assert prompts.question.count("{question}") == 1 and "{question}" not in prompts.caption
     assert Blip2Config(small_models.QFORMER).prompts == Prompts.smollm2()
+
+
+def test_an_encoder_that_does_not_fit_is_named(model):
+    config = replace(model.config, qformer=replace(model.config.qformer, image_width=7))
+    with pytest.raises(WeightsError, match="reads features of width 7, and .* gives"):
+        Blip2(config, model.image_encoder, model.language_model)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_for_use_the_language_model_is_in_the_quickest_precision(saved, monkeypatch, native):
+    monkeypatch.setattr(blip2, "native_bfloat16", lambda device: native)
+    loaded = blip2.load_fastest(saved)
+    dtypes = {name.split(".")[0]: p.dtype for name, p in loaded.named_parameters()}
+    assert dtypes.pop("language_model") == (torch.bfloat16 if native else torch.float32)
+    assert set(dtypes.values()) == {torch.float32}
+    assert len(loaded.caption(photos(2), **SHORT)) == 2

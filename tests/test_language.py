@@ -140,6 +140,38 @@ def test_generation_does_not_depend_on_the_batch(model, decoding):
     assert len(set(together)) > 1
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS, [IMAGE]], ids=["several", "of the image alone"])
+def test_a_prompt_read_once_for_all_beams_gives_the_same_texts(model, prompts):
+    soft = soft_prompts(len(prompts))[:, : 1 if prompts == [IMAGE] else None]
+    embeddings, mask = model.embed_prompts(soft, prompts)
+    settings = {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": 9}
+    ids = model.network.generate(
+        inputs_embeds=embeddings,
+        attention_mask=mask,
+        eos_token_id=model.end_token,
+        pad_token_id=small_models.PAD,
+        **settings,
+    )
+    plain = [text.strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    assert model.generate(soft, prompts, **settings) == plain
+    assert len(plain) == 2 * len(prompts)
+
+
+def test_log_likelihoods_add_up_to_the_loss(model):
+    soft, texts = soft_prompts(3), ["ab", "", "abcab"]
+    scores = model.log_likelihoods(soft, PROMPTS, texts)
+    real = model.label_ids(texts) >= 0
+    assert (scores[~real] == 0).all() and (scores[real] < 0).all()
+    torch.testing.assert_close(-scores[real].mean(), model.loss(soft, PROMPTS, texts))
+
+
+def test_every_token_belongs_to_a_word(model):
+    text = "ab cab  b"
+    words = model.word_of_token(text)
+    assert len(words) == len(model.token_ids(text))
+    assert words == sorted(words) and set(words) == {0, 1, 2}
+
+
 def test_generation_writes_what_the_loss_finds_likeliest(model):
     embeddings, mask = model.embed_prompts(soft_prompts(2), PROMPTS[:2])
     ids = model.network.generate(

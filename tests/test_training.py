@@ -345,6 +345,12 @@ def test_a_mixture_holds_an_epoch_of_the_first_and_a_share_of_the_others():
         assert sorted(torch.cat(two).tolist()) == list(range(6))
 
 
+def test_a_source_that_fills_no_batch_is_named(tmp_path):
+    batches = Mixture([source(8, 2), source(6, 7)])
+    with pytest.raises(TrainingError, match="6 images does not fill a batch of 7"):
+        fit(tiny.stage1(), batches, None, None, set(), config(tmp_path / "run"))
+
+
 def test_patches_are_left_out_anew_in_every_step():
     some = source(8, 4)
     few = replace(some, keep_patches=2)

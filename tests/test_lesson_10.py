@@ -23,9 +23,8 @@ def features():
 
 def test_the_loss_by_hand_equals_the_packages(model, features):
     prompt = model.config.prompts.caption
-    for one, text in zip(features, TEXTS, strict=True):
-        ours = LESSON["loss_by_hand"](model, one, prompt, text)
-        torch.testing.assert_close(ours, model(one[None], [prompt], [text])["text"])
+    ours = LESSON["loss_by_hand"](model, features, prompt, TEXTS)
+    torch.testing.assert_close(ours, model(features, [prompt] * 4, TEXTS)["text"])
 
 
 def test_learning_lowers_the_loss_and_leaves_the_frozen_parts_alone(model, features, monkeypatch):
@@ -42,9 +41,12 @@ def test_learning_lowers_the_loss_and_leaves_the_frozen_parts_alone(model, featu
 def test_two_runs_of_one_seed_see_the_same_scenes(model, features, monkeypatch):
     monkeypatch.setitem(LESSON, "RATES", LESSON["TrainingConfig"](LESSON["Path"]()))
     seen = []
-    monkeypatch.setattr(
-        model.language_model, "loss", lambda soft, prompts, texts: seen.append(texts) or soft.mean()
-    )
+
+    def loss(model, features, prompt, texts):
+        seen.append(texts)
+        return model.soft_prompt(features).mean()
+
+    monkeypatch.setitem(LESSON, "loss_by_hand", loss)
     for _ in range(2):
         list(LESSON["learn"](model, set(), features, TEXTS, steps=3, seed=1, batch_size=2))
     assert seen[:3] == seen[3:] and len(set(map(tuple, seen[:3]))) > 1
@@ -76,6 +78,15 @@ def test_small_scenes_are_small_and_their_captions_match():
     captions = [LESSON["shortest"](scene).upper() + "." for scene in scenes]
     assert LESSON["matches"](scenes, captions) == 100
     assert LESSON["matches"](scenes, ["a dog", *captions[1:]]) == pytest.approx(500 / 6)
+
+
+def test_shapes_are_named_by_kind_and_color():
+    scenes = [scene for scene in map(LESSON["draw_scene"], range(40)) if len(scene.shapes) == 1][:3]
+    texts = [f"A {scene.shapes[0].name.upper()}." for scene in scenes]
+    kinds = [scene.shapes[0].kind for scene in scenes]
+    assert LESSON["named"](scenes, texts, "kind") == LESSON["named"](scenes, texts, "color") == 100
+    assert LESSON["named"](scenes, kinds, "kind") == 100
+    assert LESSON["named"](scenes, kinds, "color") == 0
 
 
 def test_questions_are_scored_by_their_type():

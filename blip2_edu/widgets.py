@@ -300,7 +300,7 @@ class Demo(widgets.VBox):
     # What is shown.
 
     def _say(self, sentence: str, busy: bool = False) -> None:
-        dots = '<i class="fa fa-spinner fa-spin"></i> ' if busy else ""
+        dots = '<progress style="width:4em"></progress> ' if busy else ""
         self.status.value = f"<div aria-live='polite' style='{LINE}'>{dots}{escape(sentence)}</div>"
 
     def _refuse(self, sentence: str) -> None:

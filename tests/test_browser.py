@@ -70,7 +70,11 @@ def browser():
 
     with sync_playwright() as playwright:
         # A container's root may not start Chromium's sandbox; it opens our own pages alone.
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        # Its webcam is a moving test picture, lent to every page.
+        webcam = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+        chromium = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", *webcam]
+        )
         yield chromium
         chromium.close()
 
@@ -152,6 +156,19 @@ def use_the_demo(page, files: dict[str, Path], name: str) -> None:
         choose.set_input_files(files[kind])
         page.get_by_role("alert").filter(has_text=files[kind].name).wait_for(timeout=ANSWERED)
         screenshot(page, f"{name}-4-{kind}")
+    dropped = page.evaluate_handle(
+        "() => { const data = new DataTransfer();"
+        " data.items.add(new File(['no image'], 'dropped.txt')); return data; }"
+    )
+    picker.locator(".drop").dispatch_event("drop", {"dataTransfer": dropped})
+    page.get_by_role("alert").filter(has_text="dropped.txt").wait_for(timeout=ANSWERED)
+
+    picker.get_by_role("button", name="Use the webcam").click()
+    page.wait_for_function("document.querySelector('.blip2-picker video').videoWidth > 0")
+    picker.get_by_role("button", name="Take the photo").click()
+    page.locator("figure img[alt='webcam.jpg']").wait_for(timeout=ANSWERED)
+    slider.wait_for(timeout=ANSWERED)
+
     choose.set_input_files(files["animation"])
     page.get_by_text("Move the slider").wait_for(timeout=ANSWERED)
 

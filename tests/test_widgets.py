@@ -47,7 +47,7 @@ def demo(shared):
 
 def said(demo) -> str:
     demo.wait()
-    assert "Traceback" not in demo.status.value and "spinner" not in demo.status.value
+    assert "Traceback" not in demo.status.value and "<progress" not in demo.status.value
     return demo.status.value
 
 
@@ -68,7 +68,7 @@ def test_clicking_returns_at_once(demo, monkeypatch):
     release = widgets.Future()
     monkeypatch.setattr(demo.model, "caption", lambda *a, **k: [release.result(timeout=30)])
     demo.describe()
-    assert "spinner" in demo.status.value and not demo._last.done()
+    assert "<progress" in demo.status.value and not demo._last.done()
     release.set_result("a cow at last")
     demo.wait()
     assert "a cow at last" in demo.caption.value

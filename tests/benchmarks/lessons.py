@@ -1,10 +1,5 @@
-"""Run every lesson, measure seconds and peak memory, and write the table of notebooks/README.md.
+"""Run every lesson, measure seconds and peak memory, and write the table of notebooks/README.md."""
 
-python tests/benchmarks/lessons.py          # measure only
-python tests/benchmarks/lessons.py --save   # and keep the notebooks as they have run
-"""
-
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -13,7 +8,6 @@ import time
 from datetime import date
 from pathlib import Path
 
-import nbformat
 import psutil
 
 from blip2_edu.hardware import hardware_table
@@ -23,8 +17,8 @@ MAP = NOTEBOOKS / "README.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
-def run(path: Path) -> tuple[float, float, nbformat.NotebookNode]:
-    """Execute a notebook in a kernel of its own: seconds, peak memory in GB, and what it became."""
+def run(path: Path) -> tuple[float, float]:
+    """Execute a notebook in a kernel of its own: seconds and peak memory in GB."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute"]
         command += ["--ExecutePreprocessor.store_widget_state=False"]
@@ -45,7 +39,7 @@ def run(path: Path) -> tuple[float, float, nbformat.NotebookNode]:
         watcher.join()
         if process.returncode:
             raise SystemExit(f"{path.name} does not run:\n{errors[-2000:]}")
-        return seconds, peak, nbformat.read(Path(folder) / path.name, as_version=4)
+        return seconds, peak
 
 
 def memory(pid: int) -> float:
@@ -56,14 +50,6 @@ def memory(pid: int) -> float:
         return sum(process.memory_info().rss for process in tree) / 2**30
     except psutil.NoSuchProcess:
         return 0.0
-
-
-def clean(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Drop when each cell ran and what widgets looked like: neither belongs into a commit."""
-    notebook.metadata.pop("widgets", None)
-    for cell in notebook.cells:
-        cell.metadata.pop("execution", None)
-    return notebook
 
 
 def table(measured: list[tuple[str, float, float]]) -> str:
@@ -79,19 +65,14 @@ def table(measured: list[tuple[str, float, float]]) -> str:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    options.add_argument("--save", action="store_true", help="keep the notebooks as they have run")
-    save = options.parse_args().save
     before, rest = MAP.read_text().split(BEGIN)
     after = rest.split(END)[1]
     measured = []
     for path in sorted(NOTEBOOKS.glob("*.ipynb")) + sorted(NOTEBOOKS.glob("solutions/*.ipynb")):
-        seconds, peak, notebook = run(path)
+        seconds, peak = run(path)
         name = path.relative_to(NOTEBOOKS).as_posix()
         print(f"{name:<44}{seconds:>6.0f} s{peak:>6.1f} GB", flush=True)
         measured.append((name, seconds, peak))
-        if save:
-            nbformat.write(clean(notebook), path)
     MAP.write_text(before + table(measured) + after)
 
 

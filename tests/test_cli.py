@@ -268,6 +268,9 @@ def test_a_mistake_of_ours_is_not_hidden(photo, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_stops_with_one_line(tmp_path):
     program = (
+        # What a shell starts in the background ignores SIGINT, and its children inherit that.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT});"
         "import sys, time; from blip2_edu import cli; cli.load_model = lambda name: ("
         "print('ready', flush=True), time.sleep(60));"
         "sys.exit(cli.main(['caption', 'images/astronaut.jpg']))"

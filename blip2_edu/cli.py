@@ -114,17 +114,14 @@ def caption(
         say(f"{done} captions and {problems} problems are new in {table}.")
         raise typer.Exit(1 if problems else 0)
     from blip2_edu.evaluation import batched
-    from blip2_edu.images import ImageError, open_image
+    from blip2_edu.images import open_each
 
     images = images or [os.path.relpath(path) for path in sorted(ROOT.glob("images/*.jpg"))]
     blip2, first, failed = None, None, False
     for names in batched(images, batch_size):
-        opened = {}
-        for place, name in enumerate(names):  # one damaged file does not spoil the others
-            try:
-                opened[place] = open_image(name)
-            except ImageError as error:
-                failed = bool(fail(str(error)))
+        opened, problems = open_each(names)
+        for problem in problems.values():
+            failed = bool(fail(problem))
         if not opened:
             continue
         blip2 = blip2 or load_model(model)

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from blip2_edu import UserError
 from blip2_edu.blip2 import Blip2
 from blip2_edu.evaluation import batched
-from blip2_edu.images import ImageError, open_image
+from blip2_edu.images import open_each
 
 HEADER = ["file", "caption", "problem"]
 FIRST_LINE = (",".join(HEADER) + "\r\n").encode()
@@ -47,19 +47,14 @@ def caption_folder(
             writer.writerow(HEADER)
         bar = tqdm(total=len(missing), desc="Captions", unit="file", disable=not missing)
         for paths in batched(missing, batch_size):
-            images, problems = {}, {}
-            for path in paths:
-                try:
-                    images[path] = open_image(path)
-                except ImageError as error:
-                    problems[path] = str(error)
+            images, problems = open_each(paths)
             captions = {}
             if images:
                 texts = model.caption(list(images.values()), num_beams=num_beams)
                 captions = dict(zip(images, texts, strict=True))
-            for path in paths:
+            for place, path in enumerate(paths):
                 name = path.relative_to(folder).as_posix()
-                said = (" ".join(some.get(path, "").split()) for some in (captions, problems))
+                said = (" ".join(some.get(place, "").split()) for some in (captions, problems))
                 writer.writerow([name, *said])
             file.flush()
             captioned, failed = captioned + len(captions), failed + len(problems)

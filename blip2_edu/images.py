@@ -13,6 +13,7 @@ import string
 import time
 import urllib.request
 import warnings
+from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
@@ -129,6 +130,18 @@ def _download(url: str, name: str) -> bytes:
         reason = " ".join(str(reason).split())
         raise ImageError(f"{name} cannot be fetched ({reason}); check the address.") from None
     return bytes(body)
+
+
+def open_each(sources: Iterable[str | Path | bytes]) -> tuple[dict, dict]:
+    """Open many: by place, the images, and what is wrong with the others."""
+    images: dict[int, Image.Image] = {}
+    problems: dict[int, str] = {}
+    for place, source in enumerate(sources):  # one damaged file does not spoil the others
+        try:
+            images[place] = open_image(source)
+        except ImageError as error:
+            problems[place] = str(error)
+    return images, problems
 
 
 def _decode(file: BinaryIO, name: str) -> Image.Image:

@@ -170,12 +170,12 @@ def use_the_demo(page, files: dict[str, Path], name: str) -> None:
     slider.wait_for(timeout=ANSWERED)
 
     choose.set_input_files(files["animation"])
-    page.get_by_text("Move the slider").wait_for(timeout=ANSWERED)
+    page.locator("[aria-live]:visible", has_text="Move the slider").wait_for(timeout=ANSWERED)
 
     picker.locator("button[title='cow.jpg']").click()
     picker.locator("button[title='horses.jpg']").click()  # two clicks at once: the last one counts
     page.locator("figure img[alt='horses.jpg']").last.wait_for(timeout=ANSWERED)
-    page.get_by_text("Move the slider").wait_for(timeout=ANSWERED)
+    page.locator("[aria-live]:visible", has_text="Move the slider").wait_for(timeout=ANSWERED)
 
     page.get_by_role("tab", name="Match").click()
     page.get_by_role("button", name="Which fits best?").click()

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from lessons import LESSONS, NOTEBOOKS
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
-NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-MAP = (FOLDER / "README.md").read_text()
-NOTES = (FOLDER / "INSTRUCTOR.md").read_text()
+MAP = (NOTEBOOKS / "README.md").read_text()
+NOTES = (NOTEBOOKS / "INSTRUCTOR.md").read_text()
 
 DIFFICULTIES = ("easy", "medium", "hard")
 PLANS = (50, 90)  # minutes
@@ -135,18 +134,18 @@ def read(path: Path) -> Lesson:
     return lesson(path.name, [cell.source for cell in cells if cell.cell_type == "markdown"])
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
 def test_the_map_says_what_the_notebook_says(path):
-    assert map_faults(MAP, read(path), FOLDER) == []
+    assert map_faults(MAP, read(path), NOTEBOOKS) == []
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.name)
 def test_the_notes_are_about_what_is_in_the_notebook(path):
     assert notes_faults(NOTES, read(path)) == []
 
 
 def test_no_page_speaks_of_a_lesson_that_is_not_there():
-    numbers = [path.name[:2] for path in NOTEBOOKS]
+    numbers = [path.name[:2] for path in LESSONS]
     assert [row[0] for row in rows_of(MAP)] == numbers  # in order, too
     assert list(sections_of(NOTES)) == numbers
 

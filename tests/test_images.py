@@ -367,8 +367,9 @@ def test_url(server, path):
 )
 def test_bad_url(server, path, word, monkeypatch):
     monkeypatch.setattr(images, "MAX_DOWNLOAD_BYTES", 1_000_000)
-    monkeypatch.setattr(images, "SOCKET_TIMEOUT", 0.3)
-    monkeypatch.setattr(images, "DOWNLOAD_TIMEOUT", 0.6)
+    if word == "timed out":  # the others must not, however busy the machine is
+        monkeypatch.setattr(images, "SOCKET_TIMEOUT", 0.3)
+        monkeypatch.setattr(images, "DOWNLOAD_TIMEOUT", 0.6)
     began = time.monotonic()
     with pytest.raises(ImageError) as caught:
         open_image(f"{server}/{path}")

@@ -3,15 +3,13 @@
 import json
 import re
 from copy import deepcopy
-from pathlib import Path
 
 import nbformat
 import pytest
+from lessons import LESSONS
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
-LESSONS = sorted(FOLDER.glob("*.ipynb"))
 MAX_BYTES = 1_500_000
 MAX_LINES = 15  # of a code cell
 OPENING = ("What you will be able to do", "What it needs", "How long it takes")

@@ -4,14 +4,9 @@ Axis letters: `I` images, `T` texts, `Q` queries, `P` width of the shared space,
 """
 
 import torch
-from torch import Tensor
 from torch.nn.functional import normalize
 
-from blip2_edu.exercises import exercise, expect
-
-
-def close(found: Tensor, wanted: Tensor) -> bool:
-    return found.shape == wanted.shape and torch.allclose(found.float(), wanted.float(), atol=1e-5)
+from blip2_edu.exercises import exercise, expect, same
 
 
 @exercise
@@ -27,16 +22,16 @@ def check_winning_query(winning_query):
     )
     expect(found.shape == (5, 7), f"the result is (I, T), here (5, 7), not {tuple(found.shape)}")
     expect(
-        not close(found, every_query.amax(dim=-1)),
+        not same(found, every_query.amax(dim=-1)),
         "these are the similarities of the winners; the numbers of the winners are asked for",
     )
-    expect(not close(found, every_query.argmin(dim=-1)), "these queries fit worst, not best")
+    expect(not same(found, every_query.argmin(dim=-1)), "these queries fit worst, not best")
     expect(
-        not close(found, every_query.abs().argmax(dim=-1)),
+        not same(found, every_query.abs().argmax(dim=-1)),
         "a dot product of -0.9 is a very bad fit, not a good one: leave the signs in",
     )
     expect(
-        close(found, wanted),
+        same(found, wanted),
         "some winners are wrong: for each image and text take the argmax "
         "over the queries of the dot product",
     )
@@ -77,37 +72,37 @@ def check_recall_at_1(recall_at_1):
 @exercise
 def check_shared_targets(shared_targets):
     ids = torch.tensor([700, 3, 700, 9, 3, 700])
-    same = (ids[:, None] == ids[None, :]).float()
+    fitting = (ids[:, None] == ids[None, :]).float()
     for smoothing in (0.0, 0.1):
         found = shared_targets(ids, smoothing)
-        shared = (1 - smoothing) * same / same.sum(dim=1, keepdim=True)
+        shared = (1 - smoothing) * fitting / fitting.sum(dim=1, keepdim=True)
         alone = (1 - smoothing) * torch.eye(6)
         expect(found.shape == (6, 6), f"targets are (B, B), here (6, 6), not {tuple(found.shape)}")
         expect(
-            not close(found, alone + smoothing / 6),
+            not same(found, alone + smoothing / 6),
             "other captions of the same photo are still negatives: compare the image ids",
         )
         expect(
-            not close(found, (1 - smoothing) * same + smoothing / 6),
+            not same(found, (1 - smoothing) * fitting + smoothing / 6),
             "each row must sum to 1: divide by the number of captions that share the target",
         )
         if smoothing:
-            expect(not close(found, shared / (1 - smoothing)), "the smoothing is missing")
+            expect(not same(found, shared / (1 - smoothing)), "the smoothing is missing")
             expect(
-                not close(found, shared),
+                not same(found, shared),
                 "you took the smoothing away from the right ones and gave it to nobody: every "
                 "column gets label_smoothing / B",
             )
-            wrong_only = (1 - same) / (6 - same.sum(dim=1, keepdim=True))
+            wrong_only = (1 - fitting) / (6 - fitting.sum(dim=1, keepdim=True))
             expect(
-                not close(found, shared + smoothing * wrong_only),
+                not same(found, shared + smoothing * wrong_only),
                 "you smooth over the wrong columns only; PyTorch and BLIP-2 spread it over all B",
             )
         expect(
             torch.allclose(found.sum(dim=1), torch.ones(6), atol=1e-5),
             "each row must sum to 1",
         )
-        expect(close(found, shared + smoothing / 6), "the rows sum to 1, yet some targets are off")
+        expect(same(found, shared + smoothing / 6), "the rows sum to 1, yet some targets are off")
     return "captions of one photo share the target, and every row sums to 1."
 
 
@@ -122,22 +117,22 @@ def check_similarity_gradient(similarity_gradient):
     found = similarity_gradient(similarity.clone(), temperature)
     expect(found.shape == (batch, batch), "one number for each entry of the matrix, (B, B)")
     expect(
-        not close(found, -wanted),
+        not same(found, -wanted),
         "the sign is turned: a gradient says where the loss rises, so wrong pairs get plus",
     )
     expect(
-        not close(found, wanted * temperature),
+        not same(found, wanted * temperature),
         "the temperature divides the scores, so by the chain rule it divides the gradient too",
     )
-    expect(not close(found, wanted * batch), "the loss is a mean over the B rows: divide by B")
-    expect(not close(found, wanted * 2), "the two directions are averaged, not added")
+    expect(not same(found, wanted * batch), "the loss is a mean over the B rows: divide by B")
+    expect(not same(found, wanted * 2), "the two directions are averaged, not added")
     for one_way in (by_row, by_column):
         expect(
-            not any(close(found, one_way / (n * batch * temperature)) for n in (1, 2)),
+            not any(same(found, one_way / (n * batch * temperature)) for n in (1, 2)),
             "this is one direction only: texts choose among images as well",
         )
     expect(
-        close(found, wanted),
+        same(found, wanted),
         "compare with autograd: softmax minus target, for rows and for columns",
     )
     return "softmax minus target, both ways: exactly what autograd finds."

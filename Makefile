@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lab demo app test lint lock clean
+.PHONY: help setup lab demo app test lint lessons lock clean
 
 help: ## show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -30,6 +30,9 @@ test: lint ## run all tests and all lessons, offline
 lint: setup ## check the style of the code and of the lessons
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
+
+lessons: setup ## run all lessons, keep what they show, measure what they cost
+	$(RUN) tests/benchmarks/lessons.py
 
 lock: ## resolve pyproject.toml afresh into requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)-lock

@@ -1,8 +1,9 @@
-"""Run every lesson, measure seconds and peak memory, and write the table of notebooks/README.md."""
+"""Run every lesson and solution and save what it shows; measure seconds and peak memory, and write
+the table of notebooks/README.md. Leave the machine alone meanwhile: some lessons measure, too.
+"""
 
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from datetime import date
@@ -18,28 +19,28 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 def run(path: Path) -> tuple[float, float]:
-    """Execute a notebook in a kernel of its own: seconds and peak memory in GB."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute"]
-        command += ["--ExecutePreprocessor.store_widget_state=False"]
-        command += ["--ExecutePreprocessor.timeout=300", f"--output-dir={folder}", str(path)]
-        start, peak, done = time.perf_counter(), 0.0, threading.Event()
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    """Execute a notebook in place, in a kernel of its own: seconds and peak memory in GB."""
+    command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--inplace"]
+    command += ["--execute", "--ExecutePreprocessor.timeout=300"]
+    command += ["--ExecutePreprocessor.store_widget_state=False"]
+    command += ["--ExecutePreprocessor.record_timing=False", str(path)]
+    start, peak, done = time.perf_counter(), 0.0, threading.Event()
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
-        def watch() -> None:
-            nonlocal peak
-            while not done.wait(0.1):
-                peak = max(peak, memory(process.pid))
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.1):
+            peak = max(peak, memory(process.pid))
 
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        _, errors = process.communicate()
-        seconds = time.perf_counter() - start
-        done.set()
-        watcher.join()
-        if process.returncode:
-            raise SystemExit(f"{path.name} does not run:\n{errors[-2000:]}")
-        return seconds, peak
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    _, errors = process.communicate()
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    if process.returncode:
+        raise SystemExit(f"{path.name} does not run:\n{errors[-2000:]}")
+    return seconds, peak
 
 
 def memory(pid: int) -> float:

@@ -21,7 +21,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-READY, ANSWERED = 90_000, 30_000  # milliseconds to wait for a page and for the model
+READY, ANSWERED = 240_000, 60_000  # milliseconds to wait for a page and for the model, at most
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,6 +9,7 @@ import time
 from datetime import date
 from pathlib import Path
 
+import nbformat
 import psutil
 
 from blip2_edu.hardware import hardware_table
@@ -23,6 +24,7 @@ def run(path: Path) -> tuple[float, float]:
     command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--inplace"]
     command += ["--execute", "--ExecutePreprocessor.timeout=300"]
     command += ["--ExecutePreprocessor.store_widget_state=False"]
+    command += ["--ExecutePreprocessor.coalesce_streams=True"]
     command += ["--ExecutePreprocessor.record_timing=False", str(path)]
     start, peak, done = time.perf_counter(), 0.0, threading.Event()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -40,7 +42,21 @@ def run(path: Path) -> tuple[float, float]:
     watcher.join()
     if process.returncode:
         raise SystemExit(f"{path.name} does not run:\n{errors[-2000:]}")
+    leave_out_bars(path)
     return seconds, peak
+
+
+def leave_out_bars(path: Path) -> None:
+    """A progress bar that is a widget would stand at 0% in a saved page, for ever."""
+
+    def is_bar(output: nbformat.NotebookNode) -> bool:
+        return "%|" in output.get("data", {}).get("text/plain", "")
+
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if not is_bar(output)]
+    nbformat.write(notebook, path)
 
 
 def memory(pid: int) -> float:

@@ -53,6 +53,9 @@ def faults(notebook: NotebookNode, name: str) -> list[str]:
         for output in outputs:
             if output.output_type == "error" or output.get("name") == "stderr":
                 found.append(f"cell {i} ends in an error or a warning")
+            widget = output.get("data", {}).get("text/plain", "")
+            if "\r" in output.get("text", "") or "%|" in widget:
+                found.append(f"cell {i} holds an unfinished progress bar")
             for kind in output.get("data", {}):
                 if kind.startswith("image/") and not output.metadata.get(kind, {}).get("alt"):
                     found.append(f"cell {i} shows a picture without alt text")
@@ -100,6 +103,12 @@ PLANTED = {
     "remote figure": lambda cells: cells[2].update(source="![a](https://example.org/a.png)"),
     "<details> open": lambda cells: cells[2].update(source="<details>"),
     "a warning": lambda cells: cells[3].update(outputs=stream("stderr", "beware")),
+    "unfinished progress bar": lambda cells: cells[3].update(
+        outputs=stream("stdout", "\r 0%|  | 0/2") + stream("stdout", "\r100%|##| 2/2\n")
+    ),
+    "holds an unfinished": lambda cells: cells[3].update(
+        outputs=[new_output("display_data", {"text/plain": "Features: 0%|  | 0/2"})]
+    ),
     "an error": lambda cells: cells[3].update(outputs=[new_output("error")]),
     "alt text": lambda cells: cells[1].outputs[0].update(metadata={}),
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import psutil
+from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
 from blip2_edu.hardware import hardware_table
 
@@ -24,7 +25,6 @@ def run(path: Path) -> tuple[float, float]:
     command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--inplace"]
     command += ["--execute", "--ExecutePreprocessor.timeout=300"]
     command += ["--ExecutePreprocessor.store_widget_state=False"]
-    command += ["--ExecutePreprocessor.coalesce_streams=True"]
     command += ["--ExecutePreprocessor.record_timing=False", str(path)]
     start, peak, done = time.perf_counter(), 0.0, threading.Event()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -42,17 +42,17 @@ def run(path: Path) -> tuple[float, float]:
     watcher.join()
     if process.returncode:
         raise SystemExit(f"{path.name} does not run:\n{errors[-2000:]}")
-    leave_out_bars(path)
     return seconds, peak
 
 
-def leave_out_bars(path: Path) -> None:
-    """A progress bar that is a widget would stand at 0% in a saved page, for ever."""
+def tidy_outputs(path: Path) -> None:
+    """Keep a printed progress bar as it ended, and none that is a widget: it would stand at 0%."""
 
     def is_bar(output: nbformat.NotebookNode) -> bool:
         return "%|" in output.get("data", {}).get("text/plain", "")
 
     notebook = nbformat.read(path, as_version=4)
+    notebook, _ = CoalesceStreamsPreprocessor().preprocess(notebook, {})
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if not is_bar(output)]
@@ -87,6 +87,7 @@ def main() -> None:
     measured = []
     for path in sorted(NOTEBOOKS.glob("*.ipynb")) + sorted(NOTEBOOKS.glob("solutions/*.ipynb")):
         seconds, peak = run(path)
+        tidy_outputs(path)
         name = path.relative_to(NOTEBOOKS).as_posix()
         print(f"{name:<44}{seconds:>6.0f} s{peak:>6.1f} GB", flush=True)
         measured.append((name, seconds, peak))

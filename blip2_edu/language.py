@@ -12,10 +12,10 @@ import shutil
 from pathlib import Path
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 
 from blip2_edu.weights import (
@@ -29,6 +29,7 @@ from blip2_edu.weights import (
 )
 
 IMAGE = "{image}"  # where the soft prompt goes in a prompt
+PROMPT = -2  # owner of what all texts of an image see
 
 
 class LanguageModel(nn.Module):
@@ -105,7 +106,7 @@ class LanguageModel(nn.Module):
         is scored: queries, prompt and padding have no label.
         """
         logits, labels = self._score(soft_prompt, prompts, texts)
-        return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+        return cross_entropy(logits, labels[labels >= 0])
 
     def log_likelihoods(self, soft_prompt: Tensor, prompts: list[str], texts: list[str]) -> Tensor:
         """Log likelihood of every token of the texts, (B x C, T) with gradient; 0 on padding.
@@ -113,21 +114,22 @@ class LanguageModel(nn.Module):
         Arguments as for `loss`; the last token of a text is the end token.
         """
         logits, labels = self._score(soft_prompt, prompts, texts)
-        logits = logits.float().transpose(1, 2)  # (B x C, V, T)
-        return -cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+        scored = labels >= 0
+        likelihoods = logits.new_zeros(labels.shape)
+        likelihoods[scored] = -cross_entropy(logits, labels[scored], reduction="none")
+        return likelihoods
 
     def _score(
         self, soft_prompt: Tensor, prompts: list[str], texts: list[str]
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B x C, T, V) of the texts and their labels (B x C, T)."""
+        """Logits (S, V) of the S tokens of all texts, padding left out, and labels (B x C, T)."""
         embeddings, mask = self.embed_prompts(soft_prompt, prompts)
         copies, rest = divmod(len(texts), len(prompts))
         if rest or not copies:
             raise ValueError(f"{len(texts)} texts do not divide among {len(prompts)} prompts")
         labels = self.label_ids(texts)  # (B x C, T)
-        if self.is_encoder_decoder:
-            return self._encoder_decoder_logits(embeddings, mask, labels, copies), labels
-        return self._decoder_logits(embeddings, mask, labels, copies), labels
+        forward = self._encoder_decoder_logits if self.is_encoder_decoder else self._decoder_logits
+        return forward(embeddings, mask, labels, copies).float(), labels
 
     def word_of_token(self, text: str) -> list[int]:
         """For each token of a text, which of the words of `text.split()` it ends in."""
@@ -139,28 +141,41 @@ class LanguageModel(nn.Module):
     def _decoder_logits(
         self, embeddings: Tensor, mask: Tensor, labels: Tensor, copies: int
     ) -> Tensor:
-        """Logits (B x C, T, V): the prompt predicts the first token, each token the next."""
-        prompt = self.network(
-            inputs_embeds=embeddings,
-            attention_mask=mask,
-            position_ids=positions(mask),
-            use_cache=True,
-            logits_to_keep=1,
+        """Logits (S, V): the prompt predicts the first token of a text, each token the next.
+
+        The C texts of an image follow its prompt in one row, without padding between them; each
+        sees the prompt and itself, as if it stood there alone.
+        """
+        copy, place = torch.meshgrid(
+            torch.arange(copies, device=self.device),
+            torch.arange(labels.shape[1], device=self.device),
+            indexing="ij",
         )
-        cache = prompt.past_key_values
-        cache.batch_repeat_interleave(copies)
-        words = labels[:, :-1].clamp(min=0)  # padding is masked, any token does
-        if words.shape[1] == 0:
-            return repeat(prompt.logits, "b 1 v -> (b c) 1 v", c=copies)
-        mask = torch.cat([repeat(mask, "b l -> (b c) l", c=copies), labels[:, :-1] >= 0], dim=1)
-        text = self.network(
-            inputs_embeds=self.embed(words),
-            attention_mask=mask,
-            position_ids=positions(mask)[:, -words.shape[1] :],
-            past_key_values=cache,
-        )
-        first = repeat(prompt.logits, "b 1 v -> (b c) 1 v", c=copies)
-        return torch.cat([first, text.logits], dim=1)
+        copy, place = copy.flatten(), place.flatten()  # (C x T)
+        labels = rearrange(labels, "(b c) t -> b (c t)", c=copies)
+        scored = labels >= 0
+        # All tokens are read but the last of each text, behind which nothing is asked.
+        read = scored & pad(scored[:, 1:] & (place[1:] > 0), (0, 1))
+        words = [row[some] for row, some in zip(labels, read, strict=True)]
+        ids = pad_sequence(words, batch_first=True)  # (B, R)
+        owner = pad_sequence([copy[some] for some in read], batch_first=True, padding_value=-1)
+        behind = pad_sequence([place[some] for some in read], batch_first=True)
+
+        owner = torch.cat([torch.where(mask > 0, PROMPT, -1), owner], dim=1)  # (B, L + R)
+        mine, yours = owner[:, :, None], owner[:, None, :]
+        visible = ((yours == mine) | (yours == PROMPT)) & (yours != -1)
+        hidden = torch.finfo(embeddings.dtype).min
+        logits = self.network(
+            inputs_embeds=torch.cat([embeddings, self.embed(ids)], dim=1),
+            attention_mask=(hidden * ~visible.tril()).to(embeddings.dtype)[:, None],
+            position_ids=torch.cat([positions(mask), mask.sum(dim=1)[:, None] + behind], dim=1),
+            use_cache=False,
+            logits_to_keep=1 + ids.shape[1],
+        ).logits  # (B, 1 + R, V)
+        # A text's first token is predicted in column 0, by the prompt, the others by those before.
+        column = torch.where(place > 0, pad(read.cumsum(dim=1)[:, :-1], (1, 0)), 0)
+        row = logits.shape[1] * torch.arange(len(logits), device=self.device)[:, None]
+        return logits.flatten(0, 1).index_select(0, (row + column)[scored])
 
     def _encoder_decoder_logits(
         self, embeddings: Tensor, mask: Tensor, labels: Tensor, copies: int
@@ -169,11 +184,12 @@ class LanguageModel(nn.Module):
         encoded.last_hidden_state = repeat(
             encoded.last_hidden_state, "b l e -> (b c) l e", c=copies
         )
-        return self.network(
+        logits = self.network(
             encoder_outputs=encoded,
             attention_mask=repeat(mask, "b l -> (b c) l", c=copies),
             labels=labels,
         ).logits
+        return logits[labels >= 0]
 
     def _read(self, embeddings: Tensor, mask: Tensor, copies: int):
         """Keys and values of prompts (B, L, E), each repeated for `copies` continuations."""

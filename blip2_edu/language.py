@@ -29,7 +29,6 @@ from blip2_edu.weights import (
 )
 
 IMAGE = "{image}"  # where the soft prompt goes in a prompt
-PROMPT = -2  # owner of what all texts of an image see
 
 
 class LanguageModel(nn.Module):
@@ -146,24 +145,24 @@ class LanguageModel(nn.Module):
         The C texts of an image follow its prompt in one row, without padding between them; each
         sees the prompt and itself, as if it stood there alone.
         """
-        copy, place = torch.meshgrid(
-            torch.arange(copies, device=self.device),
+        text, place = torch.meshgrid(
+            1 + torch.arange(copies, device=self.device),
             torch.arange(labels.shape[1], device=self.device),
             indexing="ij",
         )
-        copy, place = copy.flatten(), place.flatten()  # (C x T)
+        text, place = text.flatten(), place.flatten()  # (C x T)
         labels = rearrange(labels, "(b c) t -> b (c t)", c=copies)
         scored = labels >= 0
         # All tokens are read but the last of each text, behind which nothing is asked.
         read = scored & pad(scored[:, 1:] & (place[1:] > 0), (0, 1))
         words = [row[some] for row, some in zip(labels, read, strict=True)]
         ids = pad_sequence(words, batch_first=True)  # (B, R)
-        owner = pad_sequence([copy[some] for some in read], batch_first=True, padding_value=-1)
+        owner = pad_sequence([text[some] for some in read], batch_first=True, padding_value=-1)
         behind = pad_sequence([place[some] for some in read], batch_first=True)
 
-        owner = torch.cat([torch.where(mask > 0, PROMPT, -1), owner], dim=1)  # (B, L + R)
+        owner = torch.cat([mask - 1, owner], dim=1)  # (B, L + R): 0 the prompt, -1 padding
         mine, yours = owner[:, :, None], owner[:, None, :]
-        visible = ((yours == mine) | (yours == PROMPT)) & (yours != -1)
+        visible = (yours == mine) | (yours == 0)
         hidden = torch.finfo(embeddings.dtype).min
         logits = self.network(
             inputs_embeds=torch.cat([embeddings, self.embed(ids)], dim=1),

@@ -96,7 +96,7 @@ def test_a_moved_reader_has_the_queries_of_stage_2_and_the_texts_of_stage_1(mode
 
 
 def test_single_shapes_have_one_and_their_names_match():
-    scenes = LESSON["single_shapes"](6, 50)
+    scenes = LESSON["simple_scenes"](1, 6, 50)
     assert len(scenes) == 6 and all(len(scene.shapes) == 1 for scene in scenes)
     names = [LESSON["name_of"](scene).upper() + "." for scene in scenes]
     assert LESSON["matches"](scenes, names) == 100
@@ -104,7 +104,7 @@ def test_single_shapes_have_one_and_their_names_match():
 
 
 def test_shapes_are_named_by_kind_and_color():
-    scenes = LESSON["single_shapes"](3, 0)
+    scenes = LESSON["simple_scenes"](1, 3, 0)
     texts = [f"A {scene.shapes[0].name.upper()}." for scene in scenes]
     kinds = [scene.shapes[0].kind for scene in scenes]
     assert LESSON["named"](scenes, texts, "kind") == LESSON["named"](scenes, texts, "color") == 100
@@ -113,7 +113,7 @@ def test_shapes_are_named_by_kind_and_color():
 
 
 def test_answers_are_learned(small_world):
-    scenes = LESSON["small_scenes"](6, 0)
+    scenes = LESSON["simple_scenes"](2, 6, 0)
     assert len(scenes) == 6 and all(len(scene.shapes) <= 2 for scene in scenes)
     features, bridge = torch.randn(6, 10, 12), new_bridge(0)
     how = {"steps": 30, "batch_size": 4}
@@ -121,7 +121,8 @@ def test_answers_are_learned(small_world):
     assert len(losses) == 30 and losses[-1] < losses[0] - 0.3
     assert losses == list(LESSON["learn_answers"](new_bridge(0), features, scenes, **how))
     questions = LESSON["asked"](scenes[0])
-    answers = LESSON["answer_all"](bridge, features[:1].expand(len(questions), -1, -1), questions)
+    prompts = [LESSON["ASK"].replace("{question}", q["question"]) for q in questions]
+    answers = LESSON["write"](bridge, features[:1].expand(len(questions), -1, -1), prompts)
     assert len(answers) == len(questions)
 
 

@@ -149,6 +149,9 @@ def stage2(
     questions: Annotated[
         list[str], typer.Option(help="with questions; sources as for stage 1, again for more")
     ] = [],  # noqa: B006
+    ask_captions: Annotated[
+        bool, typer.Option("--ask-captions", help="and what the captions of --data answer")
+    ] = False,
     stage1: Annotated[Path | None, typer.Option(help="folder of a finished stage 1")] = None,
     without_stage1: Annotated[
         bool, typer.Option("--without-stage1", help="start from MiniLM, to see what stage 1 buys")
@@ -196,7 +199,9 @@ def stage2(
 
     from blip2_edu.blip2 import Blip2, Blip2Config, Prompts, load_learned
     from blip2_edu.checkpoints import load_tensors
+    from blip2_edu.data import FeatureCache
     from blip2_edu.language import load_language_model
+    from blip2_edu.questions import with_questions
     from blip2_edu.stage1 import load_stage1
     from blip2_edu.training import Mixture, Source, TrainingConfig, train_stage2
     from blip2_edu.vision import load_image_encoder
@@ -220,10 +225,16 @@ def stage2(
         sources.append(
             Source(*pair, batch_size, seed, captions_per_image, keep_patches=keep_patches)
         )
-    for name in questions:
-        # A crop may have lost what is asked about.
-        pair = read(name, image_encoder, views=min(views, 2), limit=limit, need="questions")
-        sources.append(Source(*pair, questions_per_step, seed, ask=True))
+    views = min(views, 2)  # a crop may have lost what is asked about
+    asked = [
+        read(name, image_encoder, views=views, limit=limit, need="questions") for name in questions
+    ]
+    if ask_captions:
+        asked += [
+            (with_questions(source.examples), FeatureCache(source.features.views[:views]))
+            for source in sources
+        ]
+    sources += [Source(*pair, questions_per_step, seed, ask=True) for pair in asked]
     held_out = [
         read(name, image_encoder, validation_split, limit=validation_limit) for name in validation
     ]

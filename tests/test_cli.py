@@ -354,9 +354,10 @@ def test_both_stages_one_after_the_other(capsys, small, tmp_path):
     assert code == 0 and "itc on 4 images" in out, err
 
     stage2 = [*STAGE2[:-1], "two", "--stage1", "run", "--data", "scenes:4"]
-    stage2 += ["--questions", "scenes:4", "--questions-per-step", "2"]
+    stage2 += ["--questions", "scenes:4", "--questions-per-step", "2", "--ask-captions"]
     code, out, err = run(capsys, *stage2, *QUICK)
     assert code == 0 and "The best model is in two" in out, err
+    assert "3 sources, 12 images" in out
     files = {"config.json", "stage1.safetensors", "stage2.safetensors", "metrics.jsonl"}
     assert files <= set(os.listdir("two"))
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").open()]

@@ -86,14 +86,16 @@ def questions_from_captions(captions: list[str], seed: int = 0) -> list[dict]:
     doing = _most_said(captions, rf"(?P<of>{ACTORS}) (is )?(?P<what>{ACTIONS})")
     for actor, action in doing.items():
         ask(f"What is the {actor} doing?", action, "other", f"what is the {actor}")
-        others = [other for other in ACTIONS.split("|") if not _mentions(captions, other[:-4])]
+        # Whoever "runs" is running: an action is denied only if no form of it is there.
+        forms = {other: rf"{other[:-4]}\w*" for other in ACTIONS.split("|")}
+        others = [other for other, form in forms.items() if not _mentions(captions, form)]
         if others:
             ask(f"Is the {actor} {action}?", "yes", "yes/no", "is the")
             ask(f"Is the {actor} {draw.choice(others)}?", "no", "yes/no", "is the")
     places = _most_said(captions, rf"(?P<of>in|on|at|through|near) (the|a|an) (?P<what>{PLACES})")
     for place in sorted(set(places.values())):
         ask("Where is this?", place, "other", "where is")
-    things = [thing for thing in THINGS.split("|") if _mentions(captions, thing)]
+    things = [thing for thing in THINGS.split("|") if _mentions(captions, rf"{thing}(s|es)?")]
     absent = [thing for thing in THINGS.split("|") if thing not in things]
     for thing in things:
         ask(f"Is there a {thing} in the photo?", "yes", "yes/no", "is there a")
@@ -109,9 +111,8 @@ def _plain(caption: str) -> str:
     return caption
 
 
-def _mentions(captions: list[str], word: str) -> bool:
-    """Does any caption hold a word that begins so? A plural or another form counts, too."""
-    return any(re.search(rf"\b{word}", caption) for caption in captions)
+def _mentions(captions: list[str], pattern: str) -> bool:
+    return any(re.search(rf"\b{pattern}\b", caption) for caption in captions)
 
 
 def _most_said(captions: list[str], pattern: str) -> dict[str, str]:

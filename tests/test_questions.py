@@ -49,6 +49,14 @@ def test_what_is_denied_is_in_no_caption(seed):
     assert "Is there a dog" not in words and "running" not in words and "Is the dog" in words
 
 
+def test_a_thing_is_a_whole_word():
+    said = answers(["A man carrying hats catches a balloon."])
+    assert said["Is there a hat in the photo?"] == "yes"
+    assert not {f"Is there a {thing} in the photo?" for thing in ("car", "cat", "ball")} & {
+        question for question, answer in said.items() if answer == "yes"
+    }
+
+
 def test_it_depends_on_the_seed_alone():
     assert answers(DOG, 3) == answers(DOG, 3)
     assert len({str(answers(DOG, seed)) for seed in range(20)}) > 5

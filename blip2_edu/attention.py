@@ -1,6 +1,6 @@
 """Multi-head attention, the one operation that everything else here is made of.
 
-Axis letters, in this file and all others: `B` batch, `H` heads, `L` length of what asks, `S` length
+Axis letters: `B` batch, `H` heads, `L` length of what asks, `S` length
 of what is asked, `D` width, `C` width of one head.
 """
 

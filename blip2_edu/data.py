@@ -7,7 +7,8 @@ memory-mapped array. A cache is a derived thing: whenever it does not fit it is 
 import hashlib
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
     from datasets import Image as ImageFeature
 
     path = Path(source)
-    try:
+    with _reading(source):
         if str(source).startswith("scenes:"):
             table = scene_dataset(*map(int, str(source).removeprefix("scenes:").split(":")))
         elif path.is_file():
@@ -77,11 +78,8 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
             table = load_dataset("imagefolder", data_dir=str(path), split=split)
         else:
             table = load_dataset(str(source), split=split, streaming=limit is not None)
-    except Exception as error:  # `datasets` passes on whatever its many readers raise
-        reason = str(error).strip().split("\n")[0]
-        raise DataError(f"{source} cannot be read as a data set: {reason}") from error
     if limit is not None:
-        table = table.take(limit) if hasattr(table, "take") else table
+        table = table.take(limit)
     features = table.features or Features()
     image_column = next((c for c in features if isinstance(features[c], ImageFeature)), None)
     if image_column is None:
@@ -92,8 +90,12 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
         raise DataError(
             f"{source} has neither captions nor questions; its columns are {', '.join(features)}."
         )
+    with _reading(source):
+        rows = list(table)  # a streamed one may break off
+    if not rows:
+        raise DataError(f"{source} is empty.")
     images, captions, questions = [], [], []
-    for row in table:
+    for row in rows:
         if row[image_column] is None:
             raise DataError(f"{source} has no image in row {len(images)}.")
         images.append(row[image_column])
@@ -103,6 +105,16 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
             raise DataError(f"{source} has a question without text or answer in row {len(images)}.")
         questions.append([QUESTION | question for question in asked])
     return Examples(images, captions, questions)
+
+
+@contextmanager
+def _reading(source: str | Path) -> Iterator[None]:
+    """Turn whatever the many readers of `datasets` raise into a DataError."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(f"{source} cannot be read as a data set: {reason}") from error
 
 
 def _caption_columns(columns: list[str]) -> list[str]:
@@ -211,7 +223,7 @@ def _open_view(
     ):
         images = [view_of(examples.image(i), view, seed=i) for i in batch]
         pixels = encoder.preprocess(images).to(encoder.device)
-        features[batch] = encoder(pixels).cpu().numpy()
+        features[batch] = encoder(pixels).float().cpu().numpy()
         for i in batch:
             checksums[i] = zlib.crc32(features[i])
     features.flush()

@@ -31,18 +31,21 @@ class Check:
 def report() -> list[Check]:
     """Look at everything once; a fault becomes a check that is not ok, never an exception."""
     libraries = _libraries()
-    weights = [_embedded(name) for name in EMBEDDED]
-    if not _all_ok(libraries):
-        return libraries + weights  # looking at the rest needs the libraries
-    weights.append(_mini())
-    present = {check.name for check in weights if check.ok}
+    if not _all_ok(libraries):  # looking at the rest needs them
+        return libraries + [_embedded(name) for name in EMBEDDED]
+    stored = weights()
+    present = {check.name for check in stored if check.ok}
     runs = ", ".join(use for use, needs in NEEDS.items() if needs <= present)
-    return [*libraries, *_hardware(), *weights, Check("Runs here", runs or "nothing yet")]
+    return [*libraries, *_hardware(), *stored, Check("Runs here", runs or "nothing yet")]
 
 
-def run() -> int:
-    """Print the report; return 1 if something is missing or damaged, else 0."""
-    checks = report()
+def weights() -> list[Check]:
+    """Look at the embedded models and at mini."""
+    return [*(_embedded(name) for name in EMBEDDED), _mini()]
+
+
+def show(checks: list[Check]) -> int:
+    """Print them; return 1 if something is missing or damaged, else 0."""
     for check in checks:
         print(f"{'ok' if check.ok else 'PROBLEM':<9}{check.name:<20}{check.value}")
     return 0 if _all_ok(checks) else 1

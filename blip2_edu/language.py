@@ -4,11 +4,13 @@ A language model reads vectors; that they are word embeddings is habit. BLIP-2 p
 queries in their place (paper, section 3.2 and figure 3).
 
 Axis letters: `B` images, `Q` queries, `E` width of a word embedding, `L` length of a prompt, `C`
-texts an image, `T` tokens of a text.
+texts an image, `T` tokens of a text, `R` tokens of all texts of an image, `S` of all images, `V`
+words of the vocabulary.
 """
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -102,8 +104,7 @@ class LanguageModel(nn.Module):
     def loss(self, soft_prompt: Tensor, prompts: list[str], texts: list[str]) -> Tensor:
         """Mean negative log likelihood of the tokens of `texts`, a scalar with gradient.
 
-        soft_prompt (B, Q, E), B prompts, and C texts for each of them, image by image: B x C in
-        all.
+        soft_prompt (B, Q, E), B prompts, and B x C texts, image by image: C for each prompt.
         Prompts are read once and their keys and values shared by the C texts. Nothing but the texts
         is scored: queries, prompt and padding have no label.
         """
@@ -148,12 +149,9 @@ class LanguageModel(nn.Module):
         The C texts of an image follow its prompt in one row, without padding between them; each
         sees the prompt and itself, as if it stood there alone.
         """
-        text, place = torch.meshgrid(
-            1 + torch.arange(copies, device=self.device),
-            torch.arange(labels.shape[1], device=self.device),
-            indexing="ij",
-        )
-        text, place = text.flatten(), place.flatten()  # (C x T)
+        place = torch.arange(labels.shape[1], device=self.device)
+        text = torch.arange(1, 1 + copies, device=self.device).repeat_interleave(len(place))
+        place = place.repeat(copies)  # (C x T) both: which text, and which of its tokens
         labels = rearrange(labels, "(b c) t -> b (c t)", c=copies)
         scored = labels >= 0
         # All tokens are read but the last of each text, behind which nothing is asked.
@@ -282,8 +280,9 @@ def unpack_smollm2() -> Path:
 
     print("Unpacking SmolLM2-135M, once; this takes half a minute ...", flush=True)
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    for abandoned in folder.parent.glob(f"{folder.name}.*.tmp"):
-        shutil.rmtree(abandoned, ignore_errors=True)  # half a gigabyte of a run that was killed
+    for other in folder.parent.glob(f"{folder.name}.*.tmp"):
+        if time.time() - other.stat().st_mtime > 3600:  # half a gigabyte of a run that was killed
+            shutil.rmtree(other, ignore_errors=True)
     with quiet_transformers():
         network = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)

@@ -97,9 +97,10 @@ def sample_hard_negatives(similarity: Tensor, same: Tensor) -> tuple[Tensor, Ten
 
 
 def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Image-text matching: does this pair belong together? logits (P, 2), labels (P,) 0 or 1.
+    """Image-text matching: does this pair belong together?
 
-    With one positive to two negatives, knowing nothing but that costs 0.6365.
+    logits (pairs, 2), labels (pairs,) 0 or 1. With one positive to two negatives, knowing nothing
+    but that costs 0.6365.
     """
     return cross_entropy(logits, labels)
 

@@ -47,7 +47,7 @@ THINGS = (
     "dog|cat|bird|horse|ball|bike|car|boat|hat|helmet|skateboard|surfboard|frisbee|guitar|umbrella|"
     "fence|bench|motorcycle|rope|table"
 )
-FORMS = {"grey": "gray", "bicycle": "bike", "puppy": "dog", "teddy bear": "toy", "kids": "children"}
+FORMS = {"bicycle": "bike", "puppy": "dog", "teddy bear": "toy", "kids": "children"}
 
 
 def with_questions(examples: Examples) -> Examples:
@@ -59,9 +59,9 @@ def with_questions(examples: Examples) -> Examples:
 def questions_from_captions(captions: list[str], seed: int = 0) -> list[dict]:
     """Questions about one image that its captions answer, each a dict as in `Examples.questions`.
 
-    Where captions contradict one another, the answer is what most of them say. Half of the
-    questions that are answered with yes or no have "no": about an action or a thing, drawn at
-    random, that no caption mentions.
+    Where captions contradict one another, the answer is what most of them say, but for the place:
+    a photo can be of several. What is answered with "no" is an action or a thing, drawn at random,
+    that no caption mentions.
     """
     draw = np.random.default_rng(seed)
     captions = [_plain(caption) for caption in captions]

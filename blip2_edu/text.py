@@ -13,7 +13,7 @@ MAX_TOKENS = 32  # as in LAVIS; the longest caption of a photograph is rarely ov
 
 
 def clean(text: str) -> str:
-    """Lower case, punctuation removed, single spaces: how the published model was trained."""
+    """Lower case, punctuation removed, single spaces: close to how BLIP-2 was trained."""
     return " ".join(re.sub(r"[^\w\s'-]", " ", text.lower()).split())
 
 
@@ -23,7 +23,6 @@ class Tokenizer:
     def __init__(self, file: Path, max_tokens: int = MAX_TOKENS):
         if not file.is_file():
             raise WeightsError(f"The tokenizer {file} is missing: fetch the checkpoint again.")
-        self.file = file
         try:
             self.pieces = WordPieces.from_file(str(file))
         except Exception as error:  # tokenizers has no class of its own for what it cannot read

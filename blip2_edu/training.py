@@ -14,7 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, send_to_device
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    is_tensorboard_available,
+    send_to_device,
+)
 from einops import repeat
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -179,6 +183,8 @@ def fit(
 
     Raises TrainingError when the loss is not finite or there is nothing to resume.
     """
+    if config.tensorboard and not is_tensorboard_available():
+        raise TrainingError("TensorBoard is missing: run `python -m pip install tensorboard`.")
     accelerator = Accelerator(
         mixed_precision="bf16" if native_bfloat16(PartialState().device) else "no",
         log_with="tensorboard" if config.tensorboard else None,
@@ -376,7 +382,7 @@ def train_stage2(
             asked = [prompts.caption] * len(batch.image_features)
             if model.language_model.is_encoder_decoder:  # it reads how a caption begins
                 if len(texts) != len(asked):
-                    raise TrainingError("An encoder-decoder takes one caption an image.")
+                    raise TrainingError("An encoder-decoder takes --captions-per-image 1.")
                 beginnings, texts = zip(*map(split_prefix, texts), strict=True)
                 asked = [f"{prompt} {some}" for prompt, some in zip(asked, beginnings, strict=True)]
         return {

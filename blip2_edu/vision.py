@@ -9,7 +9,8 @@ width of a feature.
 """
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -132,11 +133,22 @@ def _load_vision_tower(name: str) -> ImageEncoder:
             "clip_vision_model": CLIPVisionModel,
         }
         network = load_whole(classes.get(config.model_type, AutoModel), folder)
-        return from_vision_tower(name, network)
+        file = folder / "preprocessor_config.json"
+        seen = json.loads(file.read_text()) if file.exists() else {}
+        colors = seen.get("image_mean", CLIP_MEAN), seen.get("image_std", CLIP_STD)
+        return from_vision_tower(name, network, *colors)
 
 
-def from_vision_tower(name: str, network: nn.Module) -> ImageEncoder:
-    """Wrap a transformers vision model that has `last_hidden_state` over [prefix ; patches]."""
+def from_vision_tower(
+    name: str,
+    network: nn.Module,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> ImageEncoder:
+    """Wrap a transformers vision model that has `last_hidden_state` over [prefix ; patches].
+
+    mean, std  of red, green and blue, from 0 to 1, in the images that it was trained on
+    """
     config = network.config
     side = config.image_size // config.patch_size
     with torch.no_grad():
@@ -150,6 +162,6 @@ def from_vision_tower(name: str, network: nn.Module) -> ImageEncoder:
         grid=(side, side),
         num_prefix_tokens=length - side * side,
         image_size=config.image_size,
-        mean=CLIP_MEAN,
-        std=CLIP_STD,
+        mean=tuple(mean),
+        std=tuple(std),
     )

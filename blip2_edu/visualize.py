@@ -55,7 +55,7 @@ def match_attention(
     Of the Q-Former that matches, over all its blocks. Raises ImageError, and WeightsError if the
     checkpoint has no such Q-Former.
     """
-    reader = model._retriever()
+    reader = model.retriever()
     ids, mask = (x.to(model.device) for x in model.tokenizer(list(texts)))
     return _places(model, match_relevance(reader, model.encode_images(images), ids, mask))
 
@@ -98,12 +98,11 @@ def word_attention(
         soft_prompt = model.soft_prompt_norm(model.language_projection(read.queries))
         scores = language.log_likelihoods(soft_prompt, list(prompts), list(texts))  # (B, T)
         maps = [features.new_zeros(len(features), 0, features.shape[1])]  # (B, words, N) each
+        word_of = torch.full_like(scores, -1)  # (B, T)
+        for row, of_token in zip(word_of, words, strict=True):
+            row[: len(of_token)] = row.new_tensor(of_token)
         for word in range(max(counts)):
-            of_word = torch.zeros_like(scores)
-            for row, of_token in enumerate(words):
-                for token, number in enumerate(of_token):
-                    of_word[row, token] = number == word
-            score = (scores * of_word).sum(dim=1)  # (B,)
+            score = (scores * (word_of == word)).sum(dim=1)  # (B,)
             relevance = _weigh_by_gradient(score, read.cross_attention, image, watched)
             maps.append(relevance[:, None])
     maps = _places(model, torch.cat(maps, dim=1))  # (B, words, R, K)

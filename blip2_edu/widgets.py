@@ -100,6 +100,7 @@ class Demo(widgets.VBox):
         self._jobs = ThreadPoolExecutor(max_workers=1)
         self._last: Future | None = None
         self._photo_number = 0
+        self._closed = False
         self._showing = Lock()  # what the slider shows belongs to the photo and words of now
         self.model: Blip2 | None = None
         self.image: Image.Image | None = None
@@ -172,6 +173,8 @@ class Demo(widgets.VBox):
             model = load_fastest(checkpoint)
             self.progress.value = 2
             model.caption(Image.new("RGB", (64, 64)), max_new_tokens=2)  # what is done once
+            if self._closed:
+                return
             self.model = model
             self.progress.value = 3
             self._say(f"{checkpoint} is ready: choose a photo, or drop one.")
@@ -236,7 +239,8 @@ class Demo(widgets.VBox):
             return self._refuse(f"A question may have {limit}.")
 
         def work() -> None:
-            self.question.value = ""
+            if self.question.value.strip() == question:  # else the next one is being typed
+                self.question.value = ""
             answer = self.model.answer(self.image, question, max_new_tokens=16)[0]
             self.history[-1].answers.append((question, answer))
             self.chat.value = "".join(
@@ -266,8 +270,14 @@ class Demo(widgets.VBox):
 
     def close(self) -> None:
         """Let go of the model; ipywidgets keeps every widget that is not closed."""
+        self._closed = True
         self._jobs.shutdown(wait=False, cancel_futures=True)
         self.model = self.image = self.words = None
+        inside = list(self.children)
+        while inside:
+            widget = inside.pop()
+            inside += getattr(widget, "children", ())
+            widget.close()
         super().close()
 
     def wait(self) -> None:

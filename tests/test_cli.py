@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from blip2_edu import blip2, cli, data, doctor, evaluation, language, training, vision, weights
+from blip2_edu.checkpoints import save_tensors
 from blip2_edu.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -427,8 +428,13 @@ def test_options_reach_the_configuration(capsys, small, monkeypatch, tmp_path):
 
 
 def test_weights(capsys, monkeypatch, tmp_path):
-    (tmp_path / "data" / "checkpoints" / "mini").mkdir(parents=True)
+    mini = tmp_path / "data" / "checkpoints" / "mini"
+    mini.mkdir(parents=True)
     monkeypatch.setattr(weights, "ROOT", tmp_path)
+    code, out, _ = run(capsys, "weights")
+    assert code == 1 and "PROBLEM  mini" in out  # a folder with nothing in it
+    (mini / "config.json").write_text("{}")
+    save_tensors({"queries": torch.zeros(2)}, mini / "stage2.safetensors")
     code, out, _ = run(capsys, "weights")
     assert code == 0 and weights.INSTALL in out
     assert [line.split()[0] for line in out.splitlines()[:4]] == ["ok"] * 4
@@ -440,5 +446,6 @@ def test_weights(capsys, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_doctor(capsys, monkeypatch, code):
-    monkeypatch.setattr(doctor, "run", lambda: code)
+    checks = [doctor.Check("Python", "3.11"), doctor.Check("mini", "gone", ok=code == 0)]
+    monkeypatch.setattr(doctor, "report", lambda: checks)
     assert run(capsys, "doctor")[0] == code

@@ -24,6 +24,7 @@ from blip2_edu.data import (
     view_of,
 )
 from blip2_edu.images import ImageError
+from blip2_edu.vision import ImageEncoder
 
 TEXT = Value("string")
 QUESTIONS = List({"question": TEXT, "answer": TEXT})
@@ -134,6 +135,18 @@ def test_a_hub_data_set_is_streamed_if_only_a_part_is_wanted(tmp_path, monkeypat
     assert examples.image(1).tobytes() == picture(1).tobytes()
 
 
+def test_a_stream_that_breaks_off(tmp_path, monkeypatch):
+    def rows():
+        yield {"image": {"bytes": png(picture(0)), "path": None}, "text": "a"}
+        raise ConnectionError("the server said goodbye")
+
+    features = datasets.Features({"image": datasets.Image(), "text": TEXT})
+    table = datasets.IterableDataset.from_generator(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    with pytest.raises(DataError, match="somebody/photos cannot be read.*goodbye"):
+        load_examples("somebody/photos", limit=2)
+
+
 def test_scenes():
     examples = load_examples("scenes:3:7")
     assert len(examples) == 3 and all(examples.captions) and all(examples.questions)
@@ -174,6 +187,7 @@ def no_picture(folder):
         (no_answer, "in row 1"),
         (no_picture, "no image in row 1"),
         (lambda folder: "scenes:many", "cannot be read"),
+        (lambda folder: parquet(folder, {"text": []}, {"text": TEXT}, []), "is empty"),
         (lambda folder: folder / "nothing.parquet", "cannot be read"),
     ],
 )
@@ -226,6 +240,15 @@ def test_features_are_computed_once():
     cache, seen = open_and_count(examples)
     assert seen == 0 and torch.equal(everything(cache), expected(examples))
     assert everything(cache).dtype == torch.float32 and len(cache) == 10
+
+
+def test_an_encoder_in_bfloat16(monkeypatch):
+    forward = ImageEncoder.forward
+    monkeypatch.setattr(ImageEncoder, "forward", lambda *given: forward(*given).bfloat16())
+    cache, seen = open_and_count(pictures(3))
+    assert seen == 3 and everything(cache).dtype == torch.float32
+    monkeypatch.undo()
+    torch.testing.assert_close(everything(cache), expected(pictures(3)), atol=0.01, rtol=0.01)
 
 
 def test_flipped_views():

@@ -25,7 +25,7 @@ def mini(tmp_path, monkeypatch):
 
 def examine(capsys) -> tuple[int, dict[str, str], list[str]]:
     """Run the doctor; return its exit code, the value of every name, and the names at fault."""
-    code = doctor.run()
+    code = doctor.show(doctor.report())
     lines = capsys.readouterr().out.splitlines()
     values = {line[9:29].strip(): line[29:] for line in lines}
     return code, values, [line[9:29].strip() for line in lines if line.startswith("PROBLEM")]

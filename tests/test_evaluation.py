@@ -312,7 +312,8 @@ class Parrot:
         self.batches.append(len(prompts))
         return [f"{int(row[0, 0])} {prompt}" for row, prompt in zip(features, prompts, strict=True)]
 
-    def caption(self, images):
+    def caption(self, images, num_beams):
+        self.beams = num_beams
         return ["a dog"] * len(images)
 
 
@@ -343,4 +344,5 @@ def test_evaluate_does_what_the_data_have(monkeypatch):
     assert "CIDEr" in scores and "TR@1" not in scores and scores["images per second"] > 0
     examples.captions = [[] for _ in range(4)]
     assert "CIDEr" not in evaluation.evaluate(parrot, examples, features)
-    assert images_per_second(parrot, examples, batch_size=1) > 0
+    assert images_per_second(parrot, examples, num_beams=3, batch_size=1) > 0
+    assert parrot.beams == 3

@@ -1,6 +1,7 @@
 """The frozen encoders: frozen for good, and features equal to those of the networks themselves."""
 
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -136,6 +137,15 @@ def test_clip_pixels(clip):
     values = torch.tensor(np.asarray(image) / 255, dtype=torch.float32)
     expected = (values - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)
     torch.testing.assert_close(clip.preprocess([image])[0], expected.permute(2, 0, 1), **CLOSE)
+
+
+def test_a_tower_that_was_trained_on_other_pixels(tmp_path, clip):
+    settings = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.5, 0.5, 0.25]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    encoder = small_models.image_encoder(tmp_path, "clip")
+    white = encoder.preprocess([Image.new("RGB", (42, 42), (255, 255, 255))])[0, :, 0, 0]
+    torch.testing.assert_close(white, torch.tensor([1.0, 1.2, 2.8]), **CLOSE)
+    assert encoder.fingerprint() != clip.fingerprint()  # their features are not to be mixed up
 
 
 @pytest.mark.parametrize("name", ["efficientnet", "clip"])

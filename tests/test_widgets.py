@@ -3,6 +3,8 @@
 import csv
 import io
 from html.parser import HTMLParser
+from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +119,33 @@ def test_what_is_no_question_is_refused(demo, question, words):
     assert not demo.history[-1].answers
 
 
+def test_a_question_typed_meanwhile_stays(demo):
+    demo.question.value = "who is this?"
+    demo.ask("what is this?")
+    said(demo)
+    assert demo.question.value == "who is this?"
+    demo.ask(demo.question.value)
+    said(demo)
+    assert demo.question.value == ""
+
+
+def test_a_checkpoint_that_arrives_after_closing_is_let_go(monkeypatch):
+    go_on, begun = Event(), Event()
+
+    def slow(name):
+        begun.set()
+        go_on.wait()
+        return SimpleNamespace(caption=lambda *_, **__: ["a dog"])
+
+    monkeypatch.setattr(widgets, "load_fastest", slow)
+    demo = widgets.Demo()
+    begun.wait()
+    demo.close()
+    go_on.set()
+    demo.wait()
+    assert demo.model is None
+
+
 def test_sentences_are_ranked(demo):
     demo.compare("a plate of food\n\na cow on grass\n" + MARKUP)
     said(demo)
@@ -203,6 +232,7 @@ def test_a_cell_that_runs_again_closes_its_demo(monkeypatch):
     first.model = object()
     second = blip2_edu.demo()
     assert first.model is None and first.comm is None
+    assert first.question.comm is None and first.picker.comm is None  # and what is inside
     assert widgets.current is second
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from blip2_edu.attention import attention_weights
-from blip2_edu.exercises import exercise, expect
+from blip2_edu.exercises import exercise, expect, same
 
 B, N, Q, D = 4, 7, 5, 8
 
@@ -18,10 +18,6 @@ B, N, Q, D = 4, 7, 5, 8
 def _noise() -> Callable[..., Tensor]:
     """A source of standard normal tensors that leaves the student's own random numbers alone."""
     return partial(torch.randn, generator=torch.Generator().manual_seed(3))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, atol=1e-5)
 
 
 def _look(queries: Tensor, features: Tensor) -> Tensor:
@@ -46,19 +42,19 @@ def check_look(look):
         f"{B} images and {Q} queries of width {D} must give ({B}, {Q}, {D}), not {shape}",
     )
     expect(
-        not _close(seen, (scores / D**0.5).softmax(dim=1) @ features),
+        not same(seen, (scores / D**0.5).softmax(dim=1) @ features),
         "your softmax runs over the queries, so that they compete for patches; it must run over "
         "the patches, because every query has one unit of attention to spend",
     )
     expect(
-        not _close(seen, scores.softmax(dim=-1) @ features),
+        not same(seen, scores.softmax(dim=-1) @ features),
         "the scores lack the division by the square root of the width",
     )
     expect(
-        not _close(seen, features.mean(dim=1, keepdim=True).expand(-1, Q, -1)),
+        not same(seen, features.mean(dim=1, keepdim=True).expand(-1, Q, -1)),
         "this is the mean of the patches: the queries had no say in it",
     )
-    expect(_close(seen, _look(queries, features)), "these are not the softmax-weighted sums")
+    expect(same(seen, _look(queries, features)), "these are not the softmax-weighted sums")
     return "the same queries read every image of the batch, each in its own way"
 
 
@@ -69,20 +65,20 @@ def check_compression(compression):
         factor = compression(num_patches, patch_width, num_queries, query_width)
         right = num_patches * patch_width / (num_queries * query_width)
 
-        def is_close(value: float, factor: float = factor) -> bool:
+        def issame(value: float, factor: float = factor) -> bool:
             return abs(factor - value) < 1e-6 * abs(value)
 
         expect(
-            not is_close(num_patches / num_queries),
+            not issame(num_patches / num_queries),
             "you compared how many vectors there are; they are not equally wide",
         )
-        expect(not is_close(1 / right), "upside down: how many times more goes in than comes out?")
+        expect(not issame(1 / right), "upside down: how many times more goes in than comes out?")
         expect(
-            not is_close((num_patches + patch_width) / (num_queries + query_width)),
+            not issame((num_patches + patch_width) / (num_queries + query_width)),
             "you added; a grid of vectors holds their number times their width",
         )
         expect(
-            is_close(right),
+            issame(right),
             f"{num_patches} x {patch_width} numbers go in and {num_queries} x {query_width} come "
             f"out: the factor is {right:.3f}, not {factor:.3f}",
         )

@@ -9,11 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from blip2_edu.exercises import exercise, expect
-
-
-def close(found: Tensor, wanted: Tensor) -> bool:
-    return found.shape == wanted.shape and torch.allclose(found.float(), wanted, atol=1e-5)
+from blip2_edu.exercises import exercise, expect, same
 
 
 @exercise
@@ -58,23 +54,23 @@ def check_match_probability(match_probability):
     expect(found.shape == (6,), f"one number a pair is wanted, (6,), not {tuple(found.shape)}")
     mean = logits.mean(dim=1)
     expect(
-        not close(found, logits.softmax(dim=-1).mean(dim=1)[:, 1]),
+        not same(found, logits.softmax(dim=-1).mean(dim=1)[:, 1]),
         "you averaged the probabilities of the queries; average their logits first, then softmax",
     )
     expect(
-        not close(found, mean.softmax(dim=-1)[:, 0]),
+        not same(found, mean.softmax(dim=-1)[:, 0]),
         "that is the probability that the pair does not match: label 1 is the second column",
     )
-    expect(not close(found, mean[:, 1]), "that is a logit; the softmax over the two is missing")
+    expect(not same(found, mean[:, 1]), "that is a logit; the softmax over the two is missing")
     expect(
-        not close(found, mean.softmax(dim=0)[:, 1]),
+        not same(found, mean.softmax(dim=0)[:, 1]),
         "your softmax compares the pairs with one another; each pair is judged by itself",
     )
     expect(
-        not close(found, logits.amax(dim=1).softmax(dim=-1)[:, 1]),
+        not same(found, logits.amax(dim=1).softmax(dim=-1)[:, 1]),
         "the best query decides in ITC; in ITM all queries are averaged",
     )
-    expect(close(found, mean.softmax(dim=-1)[:, 1]), "the numbers differ: head, mean, softmax")
+    expect(same(found, mean.softmax(dim=-1)[:, 1]), "the numbers differ: head, mean, softmax")
     return "the probability that each pair matches, from the logits averaged over the queries."
 
 
@@ -94,11 +90,11 @@ def check_wrong_images(wrong_images):
         "image_ids says that some captions are of the same image: you masked the diagonal alone, "
         "and so some negatives are positives",
     )
-    same = ids[:, None] == ids[None, :]
+    own = ids[:, None] == ids[None, :]
 
     def far_from(scores: Tensor) -> float:
         """How far the draws' frequencies are from the softmax of these scores."""
-        chances = scores.masked_fill(same, float("-inf")).softmax(dim=1)
+        chances = scores.masked_fill(own, float("-inf")).softmax(dim=1)
         found = torch.nn.functional.one_hot(draws, 4).float().mean(dim=0)
         return (found - chances).abs().max().item()
 

@@ -205,6 +205,7 @@ class Blip2(nn.Module):
         return MatchScores(logits.softmax(dim=1)[:, 1], similarity, logits[:, 1] + similarity)
 
     def retriever(self) -> Blip2Stage1:
+        """The model that matches and embeds. Raises WeightsError if this checkpoint has none."""
         if self.stage1 is None:
             raise WeightsError("This checkpoint has no stage-1 heads: it cannot match or embed.")
         return self.stage1.eval()

@@ -8,6 +8,7 @@ import typer
 from blip2_edu.weights import embedded_file
 
 if TYPE_CHECKING:
+    from blip2_edu.blip2 import Blip2
     from blip2_edu.data import Examples, FeatureCache
     from blip2_edu.stage1 import Blip2Stage1
     from blip2_edu.text import Tokenizer
@@ -156,6 +157,9 @@ def stage2(
     without_stage1: Annotated[
         bool, typer.Option("--without-stage1", help="start from MiniLM, to see what stage 1 buys")
     ] = False,
+    start_from: Annotated[
+        str | None, typer.Option(help="go on from a finished stage 2: mini, or a folder")
+    ] = None,
     captions_per_image: Annotated[
         int, typer.Option(min=1, help="that share the reading of one image in a step")
     ] = 3,
@@ -190,21 +194,18 @@ def stage2(
     The best model, by CIDEr and VQA accuracy on the validation data, ends up in the folder; name
     that folder as the --model of other commands.
     """
-    if bool(stage1) == without_stage1:
-        raise typer.BadParameter("give either --stage1 FOLDER or --without-stage1.")
+    if sum(map(bool, (stage1, without_stage1, start_from))) != 1:
+        raise typer.BadParameter("give --stage1 FOLDER, --without-stage1 or --start-from FOLDER.")
     if not data and not questions:
         raise typer.BadParameter("give --data with captions, --questions or both.")
     import torch
     from accelerate import PartialState
 
-    from blip2_edu.blip2 import Blip2, Blip2Config, Prompts, load_learned
+    from blip2_edu.blip2 import Blip2, learned_state, load_learned
     from blip2_edu.checkpoints import load_tensors
     from blip2_edu.data import FeatureCache
-    from blip2_edu.language import load_language_model
     from blip2_edu.questions import with_questions
-    from blip2_edu.stage1 import load_stage1
     from blip2_edu.training import Mixture, Source, TrainingConfig, train_stage2
-    from blip2_edu.vision import load_image_encoder
 
     config = TrainingConfig(
         folder,
@@ -218,47 +219,32 @@ def stage2(
         seed=seed,
         tensorboard=tensorboard,
     )
-    image_encoder = load_image_encoder(encoder).to(PartialState().device)
+    torch.manual_seed(seed)
+    if start_from:
+        model = Blip2.from_pretrained(start_from)
+        pretrained = set(learned_state(model))
+    else:
+        model, pretrained = blip2_from_stage1(stage1, queries, encoder, language_model)
+    image_encoder = model.image_encoder.to(PartialState().device)
     sources = []
     for name in data:
         pair = read(name, image_encoder, views=views, limit=limit, need="captions")
         sources.append(
             Source(*pair, batch_size, seed, captions_per_image, keep_patches=keep_patches)
         )
-    views = min(views, 2)  # a crop may have lost what is asked about
+    whole = min(views, 2)  # a crop may have lost what is asked about
     asked = [
-        read(name, image_encoder, views=views, limit=limit, need="questions") for name in questions
+        read(name, image_encoder, views=whole, limit=limit, need="questions") for name in questions
     ]
     if ask_captions:
         asked += [
-            (with_questions(source.examples), FeatureCache(source.features.views[:views]))
+            (with_questions(source.examples), FeatureCache(source.features.views[:whole]))
             for source in sources
         ]
     sources += [Source(*pair, questions_per_step, seed, ask=True) for pair in asked]
     held_out = [
         read(name, image_encoder, validation_split, limit=validation_limit) for name in validation
     ]
-    torch.manual_seed(seed)
-    if without_stage1:
-        reader, tokenizer, pretrained = stage1_from_minilm(queries, image_encoder.width)
-    else:
-        reader, tokenizer = load_stage1(stage1)
-        pretrained = set(reader.state_dict())
-    with PartialState().main_process_first():  # it may have to be unpacked
-        writer = load_language_model(language_model)
-    prompts = Prompts.t5() if writer.is_encoder_decoder else Prompts.opt()
-    if language_model == "smollm2-135m":
-        prompts = Prompts.smollm2()
-    model = Blip2(
-        Blip2Config(reader.config.qformer, encoder, language_model, prompts),
-        image_encoder,
-        writer,
-        reader,
-        tokenizer,
-    )
-    pretrained &= model.start_from_stage1()
-    if without_stage1:
-        model.stage1 = None  # it has learned nothing that could match or retrieve
     images = sum(len(source.usable) for source in sources)
     say(f"Stage 2: {len(sources)} sources, {images} images, {len(pretrained)} tensors to go on.")
     train_stage2(model, Mixture(sources, share, seed), held_out, pretrained, config, resume)
@@ -309,3 +295,33 @@ def stage1_from_minilm(
     copied = initialise_from_bert(model.qformer, load_tensors(file)[0])
     tokenizer = Tokenizer(file.parent / "tokenizer.json")
     return model, tokenizer, {f"qformer.{name}" for name in copied}
+
+
+def blip2_from_stage1(
+    stage1: Path | None, num_queries: int, encoder: str, language_model: str
+) -> "tuple[Blip2, set[str]]":
+    """A BLIP-2 that knows what stage 1 taught, or without one MiniLM, and the names of that."""
+    from accelerate import PartialState
+
+    from blip2_edu.blip2 import Blip2, Blip2Config, Prompts
+    from blip2_edu.language import load_language_model
+    from blip2_edu.stage1 import load_stage1
+    from blip2_edu.vision import load_image_encoder
+
+    image_encoder = load_image_encoder(encoder)
+    if stage1:
+        reader, tokenizer = load_stage1(stage1)
+        pretrained = set(reader.state_dict())
+    else:
+        reader, tokenizer, pretrained = stage1_from_minilm(num_queries, image_encoder.width)
+    with PartialState().main_process_first():  # it may have to be unpacked
+        writer = load_language_model(language_model)
+    prompts = Prompts.t5() if writer.is_encoder_decoder else Prompts.opt()
+    if language_model == "smollm2-135m":
+        prompts = Prompts.smollm2()
+    config = Blip2Config(reader.config.qformer, encoder, language_model, prompts)
+    model = Blip2(config, image_encoder, writer, reader, tokenizer)
+    pretrained &= model.start_from_stage1()
+    if not stage1:
+        model.stage1 = None  # it has learned nothing that could match or retrieve
+    return model, pretrained

@@ -14,9 +14,10 @@ import small_models
 import tiny
 import torch
 from PIL import Image
+from torch.testing import assert_close
 
 from blip2_edu import blip2, cli, data, doctor, evaluation, language, training, vision, weights
-from blip2_edu.checkpoints import save_tensors
+from blip2_edu.checkpoints import load_tensors, save_tensors
 from blip2_edu.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -121,8 +122,9 @@ STAGE2 = ["train", "stage2", "--validation", "scenes:2:1", "--folder", "run"]
     [
         ([*STAGE1, "--objectives", "itc,rot"], "no objective rot"),
         (STAGE1[:-2], "--folder"),
-        (STAGE2, "either --stage1 FOLDER or --without-stage1"),
-        ([*STAGE2, "--stage1", "x", "--without-stage1"], "either --stage1 FOLDER or"),
+        (STAGE2, "give --stage1 FOLDER, --without-stage1 or --start-from FOLDER"),
+        ([*STAGE2, "--stage1", "x", "--without-stage1"], "give --stage1 FOLDER"),
+        ([*STAGE2, "--stage1", "x", "--start-from", "y"], "give --stage1 FOLDER"),
         ([*STAGE2, "--without-stage1"], "--data with captions, --questions or both"),
     ],
 )
@@ -327,8 +329,10 @@ def small(monkeypatch, tmp_path):
     """Training on tiny models: a tiny encoder, language model and start of the Q-Former."""
     whole = small_models.blip2(tmp_path)
     encoder = whole.image_encoder
-    monkeypatch.setattr(vision, "load_image_encoder", lambda name: encoder)
-    monkeypatch.setattr(language, "load_language_model", lambda name: whole.language_model)
+    for module in (vision, blip2):
+        monkeypatch.setattr(module, "load_image_encoder", lambda name: encoder)
+    for module in (language, blip2):
+        monkeypatch.setattr(module, "load_language_model", lambda *names: whole.language_model)
 
     def start(num_queries, image_width):
         return tiny.stage1(), tiny.tokenizer(tmp_path), {"qformer.norm.weight"}
@@ -363,6 +367,15 @@ def test_both_stages_one_after_the_other(capsys, small, tmp_path):
     assert files <= set(os.listdir("two"))
     lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").open()]
     assert {"CIDEr", "VQA"} <= set(lines[-1])
+
+    again = [*STAGE2[:-1], "three", "--start-from", "two", "--data", "scenes:4"]
+    code, out, err = run(capsys, *again, *QUICK, "--learning-rate", "0")
+    assert code == 0, err
+    for name in ("stage1.safetensors", "stage2.safetensors"):
+        before, after = (load_tensors(tmp_path / folder / name)[0] for folder in ("two", "three"))
+        assert_close(after, before, rtol=0, atol=0)
+        if name.startswith("stage2"):
+            assert f"{len(before)} tensors to go on" in out
 
 
 def test_without_stage1(capsys, small, tmp_path):

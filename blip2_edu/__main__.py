@@ -1,5 +1,11 @@
 """`python -m blip2_edu`."""
 
-from blip2_edu.cli import main
+try:
+    from blip2_edu.cli import main
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"{error}: is the course's environment active? If so, run "
+        "`python -m pip install -r requirements.txt` in the course's folder."
+    ) from None
 
 raise SystemExit(main())

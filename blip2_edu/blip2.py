@@ -100,11 +100,7 @@ class Blip2(nn.Module):
         tokenizer: Tokenizer | None = None,
     ):
         super().__init__()
-        if config.qformer.image_width != image_encoder.width:
-            raise WeightsError(
-                f"This Q-Former reads features of width {config.qformer.image_width}, and "
-                f"{image_encoder.name} gives {image_encoder.width}: name the encoder it had."
-            )
+        image_encoder.check_width(config.qformer.image_width)
         self.config = config
         self.image_encoder = image_encoder
         self.language_model = language_model

@@ -46,7 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(f"{error} (`python -m blip2_edu doctor` tells what to install)")
     except UserError as error:
         return fail(str(error))
-    except out_of_memory():
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
         return fail("Out of memory: use a smaller --batch-size, or close other programs.")
     except OSError as error:
         return fail(f"{error.filename or 'The disk'}: {error.strerror or error}")
@@ -55,10 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
     return code or 0
 
 
-def out_of_memory() -> tuple[type[Exception], ...]:
+def out_of_memory(error: Exception) -> bool:
+    """For a CPU's memory PyTorch has no exception of its own, only words."""
     import torch
 
-    return MemoryError, torch.OutOfMemoryError
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or "DefaultCPUAllocator" in str(error)
 
 
 def fail(message: str, code: int = 1) -> int:

@@ -50,6 +50,7 @@ def say(text: str, to_stderr: bool = False) -> None:
 
 @train.command()
 def stage1(
+    context: typer.Context,
     data: Sources,
     validation: Data,
     folder: Folder,
@@ -89,11 +90,13 @@ def stage1(
     chosen = [name.strip() for name in objectives.split(",")]
     if unknown := set(chosen) - {"itc", "itm", "itg"}:
         raise typer.BadParameter(f"there is no objective {', '.join(sorted(unknown))}.")
+    if start_from:
+        leave_out(context, "--start-from", "queries")
     import torch
     from accelerate import PartialState
 
     from blip2_edu.checkpoints import load_strictly, load_tensors
-    from blip2_edu.stage1 import save_stage1
+    from blip2_edu.stage1 import load_stage1, save_stage1
     from blip2_edu.training import Mixture, Source, TrainingConfig, train_stage1
     from blip2_edu.vision import load_image_encoder
 
@@ -110,16 +113,18 @@ def stage1(
         tensorboard=tensorboard,
     )
     image_encoder = load_image_encoder(encoder).to(PartialState().device)
+    torch.manual_seed(seed)
+    if start_from:
+        model, tokenizer = load_stage1(start_from)
+        pretrained = set(model.state_dict())
+        image_encoder.check_width(model.config.qformer.image_width)
+    else:
+        model, tokenizer, pretrained = stage1_from_minilm(queries, image_encoder.width)
     sources = []
     for name in data:
         pair = read(name, image_encoder, views=views, limit=limit, need="captions")
         sources.append(Source(*pair, batch_size, seed, keep_patches=keep_patches))
     held_out = read(validation, image_encoder, validation_split, need="captions")
-    torch.manual_seed(seed)
-    model, tokenizer, pretrained = stage1_from_minilm(queries, image_encoder.width)
-    if start_from:
-        load_strictly(model, load_tensors(start_from / "stage1.safetensors")[0])
-        pretrained = set(model.state_dict())
     images = sum(len(source.usable) for source in sources)
     say(f"Stage 1: {', '.join(chosen)} on {images} images.")
     train_stage1(
@@ -142,6 +147,7 @@ def stage1(
 
 @train.command()
 def stage2(
+    context: typer.Context,
     validation: Sources,
     folder: Folder,
     data: Annotated[
@@ -198,6 +204,10 @@ def stage2(
         raise typer.BadParameter("give --stage1 FOLDER, --without-stage1 or --start-from FOLDER.")
     if not data and not questions:
         raise typer.BadParameter("give --data with captions, --questions or both.")
+    if start_from:
+        leave_out(context, "--start-from", "queries", "encoder", "language_model")
+    if stage1:
+        leave_out(context, "--stage1", "queries")
     import torch
     from accelerate import PartialState
 
@@ -225,6 +235,8 @@ def stage2(
         pretrained = set(learned_state(model))
     else:
         model, pretrained = blip2_from_stage1(stage1, queries, encoder, language_model)
+    if data and captions_per_image > 1 and model.language_model.is_encoder_decoder:
+        raise typer.BadParameter("an encoder-decoder takes --captions-per-image 1.")
     image_encoder = model.image_encoder.to(PartialState().device)
     sources = []
     for name in data:
@@ -254,6 +266,14 @@ def stage2(
         say(f"The best model is in {folder}: try `caption --model {folder}`.")
 
 
+def leave_out(context: typer.Context, checkpoint: str, *options: str) -> None:
+    """Refuse options that a checkpoint decides, rather than not heed them."""
+    for option in options:
+        if context.get_parameter_source(option).name == "COMMANDLINE":
+            name = option.replace("_", "-")
+            raise typer.BadParameter(f"the checkpoint of {checkpoint} decides --{name}.")
+
+
 def read(
     source: str,
     encoder: "ImageEncoder",
@@ -267,14 +287,12 @@ def read(
 
     from blip2_edu.data import DataError, load_examples, open_features
 
-    drawn, path = source.startswith("scenes:"), Path(source)
-    whole = drawn or path.exists() and not (path / split).is_dir()  # it is not divided
-    examples = load_examples(source, "train" if whole else split, limit)
+    examples = load_examples(source, split, limit)
     if need and not any(getattr(examples, need)):
         raise DataError(f"{source} has no {need}.")
     with PartialState().main_process_first():  # the others find the features in the cache
         # Mirrored, a drawn scene would not be what its captions and answers say.
-        features = open_features(examples, encoder, 1 if drawn else views)
+        features = open_features(examples, encoder, 1 if source.startswith("scenes:") else views)
     return examples, features
 
 
@@ -319,6 +337,7 @@ def blip2_from_stage1(
     prompts = Prompts.t5() if writer.is_encoder_decoder else Prompts.opt()
     if language_model == "smollm2-135m":
         prompts = Prompts.smollm2()
+    prompts.end_of_text = None  # as the writer has it; another is a habit of the published OPTs
     config = Blip2Config(reader.config.qformer, encoder, language_model, prompts)
     model = Blip2(config, image_encoder, writer, reader, tokenizer)
     pretrained &= model.start_from_stage1()

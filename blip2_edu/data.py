@@ -5,13 +5,16 @@ memory-mapped array. A cache is a derived thing: whenever it does not fit it is 
 """
 
 import hashlib
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import fsspec
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -23,6 +26,9 @@ from blip2_edu.images import ImageError, open_image
 from blip2_edu.scenes import scene_dataset
 from blip2_edu.vision import ImageEncoder
 from blip2_edu.weights import ROOT
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 CROP = (0.5, 1.0)  # share of the area that a random crop keeps
 QUESTION = {"answers": [], "answer_type": "other", "question_type": ""}  # what may be left out
@@ -58,14 +64,14 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
 
     source  a parquet file, a folder of images with metadata (`imagefolder`), a hub id, or
             "scenes:N" for N drawn scenes ("scenes:N:SEED" for others than those of seed 0)
-    split   which part of a hub data set or a folder
+    split   which part of a hub data set, or of a folder that has several
     limit   stop after so many examples; a hub data set is then streamed, not downloaded
 
     Captions may be a list or a string in `captions`, `caption` or `text`, or stand in columns
     `caption_0`, `caption_1`, ...; `questions` is a list of dicts with at least `question` and
     `answer`. Raises DataError.
     """
-    from datasets import Features, load_dataset
+    from datasets import Dataset, Features, load_dataset
     from datasets import Image as ImageFeature
 
     path = Path(source)
@@ -75,7 +81,7 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
         elif path.is_file():
             table = load_dataset("parquet", data_files={split: str(path)}, split=split)
         elif path.is_dir():
-            table = load_dataset("imagefolder", data_dir=str(path), split=split)
+            table = _part(load_dataset("imagefolder", data_dir=str(path)), split)
         else:
             table = load_dataset(str(source), split=split, streaming=limit is not None)
     if limit is not None:
@@ -91,20 +97,47 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
             f"{source} has neither captions nor questions; its columns are {', '.join(features)}."
         )
     with _reading(source):
-        rows = list(table)  # a streamed one may break off
-    if not rows:
+        if not isinstance(table, Dataset):  # a streamed one may break off
+            rows = [row | {image_column: _fetched(row[image_column])} for row in table]
+            fields = {name: [row[name] for row in rows] for name in features}
+            table = Dataset.from_dict(fields, features=table.features)
+    if not len(table):
         raise DataError(f"{source} is empty.")
-    images, captions, questions = [], [], []
-    for row in rows:
-        if row[image_column] is None:
-            raise DataError(f"{source} has no image in row {len(images)}.")
-        images.append(row[image_column])
+    missing = table.with_format("arrow")[:][image_column].is_null().index(True).as_py()
+    if missing >= 0:
+        raise DataError(f"{source} has no image in row {missing}.")
+    captions, questions = [], []
+    for number, row in enumerate(table.remove_columns(image_column)):
         captions.append([text for column in columns for text in _as_list(row[column], column)])
         asked = row.get("questions") or []
-        if not all(isinstance(q, dict) and q.get("question") and q.get("answer") for q in asked):
-            raise DataError(f"{source} has a question without text or answer in row {len(images)}.")
-        questions.append([QUESTION | question for question in asked])
-    return Examples(images, captions, questions)
+        if not all(map(_is_question, asked)):
+            raise DataError(f"{source} has a question without text or answer in row {number}.")
+        given = [{key: x for key, x in question.items() if x is not None} for question in asked]
+        questions.append([QUESTION | question for question in given])
+    return Examples(table[image_column], captions, questions)  # images stay on the disk
+
+
+def _part(parts: "dict[str, Dataset]", split: str) -> "Dataset":
+    """One part of a folder; a folder that is not divided is one part, whatever it is called."""
+    if len(parts) > 1 and split not in parts:
+        raise DataError(f"There is no part {split}, only {' and '.join(parts)}.")
+    return parts[split] if split in parts else next(iter(parts.values()))
+
+
+def _fetched(stored: dict | None) -> dict | None:
+    """An image of a stream with its bytes, should it only say where they are."""
+    if stored is None or stored["bytes"] is not None:
+        return stored
+    with fsspec.open(stored["path"], "rb") as file:
+        return {"bytes": file.read(), "path": None}
+
+
+def _is_question(asked: object) -> bool:
+    """A dict with a question, an answer and perhaps more answers, all of them texts."""
+    if not isinstance(asked, dict):
+        return False
+    texts = [asked.get("question"), asked.get("answer"), *(asked.get("answers") or [])]
+    return all(isinstance(text, str) and text for text in texts)
 
 
 @contextmanager
@@ -112,6 +145,8 @@ def _reading(source: str | Path) -> Iterator[None]:
     """Turn whatever the many readers of `datasets` raise into a DataError."""
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(f"{source} cannot be read as a data set: {reason}") from error
@@ -233,10 +268,14 @@ def _open_view(
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     """Map the array at `path` for writing; one of another shape, or none, becomes an empty one."""
+    array = None
     try:
         array = np.lib.format.open_memmap(path, mode="r+")
-        if array.shape == shape and array.dtype == dtype:
-            return array
     except Exception:  # not there or not an array; numpy raises nearly anything on a damaged header
         pass
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if array is None or array.shape != shape or array.dtype != dtype:
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # a disk too full is an OSError now, else a crash later
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array

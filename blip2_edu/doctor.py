@@ -12,9 +12,9 @@ from blip2_edu.weights import EMBEDDED, INSTALL, WeightsError, checkpoint_folder
 NEEDS = {
     "caption": {"efficientnet-lite0", "smollm2-135m", "mini"},
     "ask": {"efficientnet-lite0", "smollm2-135m", "mini"},
-    "match": {"efficientnet-lite0", "mini"},
+    "match": {"efficientnet-lite0", "smollm2-135m", "mini"},
     "train stage1": {"efficientnet-lite0", "minilm-l6"},
-    "train stage2": {"efficientnet-lite0", "minilm-l6", "smollm2-135m"},
+    "train stage2": {"efficientnet-lite0", "smollm2-135m"},
     "all lessons": {"efficientnet-lite0", "minilm-l6", "smollm2-135m", "mini"},
 }
 

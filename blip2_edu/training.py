@@ -370,7 +370,8 @@ def train_stage2(
     """Stage 2 (paper, section 3.2); the best model has the highest CIDEr + VQA accuracy.
 
     validation: data with captions, with questions or with both, already cut to a size that is
-    quick to write texts for. A score that several of them have is their mean.
+    quick to write texts for. A score that several of them have is their mean. An encoder-decoder
+    learns from one caption an image in a step.
     """
     prompts = model.config.prompts
 
@@ -381,8 +382,6 @@ def train_stage2(
         else:
             asked = [prompts.caption] * len(batch.image_features)
             if model.language_model.is_encoder_decoder:  # it reads how a caption begins
-                if len(texts) != len(asked):
-                    raise TrainingError("An encoder-decoder takes --captions-per-image 1.")
                 beginnings, texts = zip(*map(split_prefix, texts), strict=True)
                 asked = [f"{prompt} {some}" for prompt, some in zip(asked, beginnings, strict=True)]
         return {

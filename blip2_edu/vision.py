@@ -18,7 +18,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from blip2_edu.weights import checkpoint_folder, embedded_file, load_whole, loading
+from blip2_edu.weights import (
+    WeightsError,
+    checkpoint_folder,
+    embedded_file,
+    load_whole,
+    loading,
+)
 
 IMAGE_SIZE = 224
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -67,6 +73,14 @@ class ImageEncoder(nn.Module):
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
+    def check_width(self, wanted: int) -> None:
+        """Raise WeightsError unless a Q-Former that reads features `wanted` wide can read ours."""
+        if wanted != self.width:
+            raise WeightsError(
+                f"This Q-Former reads features of width {wanted}, and {self.name} gives "
+                f"{self.width}: name the encoder it had."
+            )
+
     def preprocess(self, images: list[Image.Image]) -> Tensor:
         """RGB images of any size -> pixels (B, 3, S, S), squashed to a square, never cropped."""
         size = (self.image_size, self.image_size)
@@ -95,7 +109,8 @@ class ImageEncoder(nn.Module):
 def load_image_encoder(name: str = "efficientnet-lite0") -> ImageEncoder:
     """The embedded EfficientNet-Lite0, or any transformers vision tower by folder or hub id.
 
-    Raises WeightsError if the weights cannot be had or are not a vision tower's.
+    Of a published BLIP-2 it is the part that sees. Raises WeightsError if the weights cannot be had
+    or are not a vision tower's.
     """
     if name == "efficientnet-lite0":
         return _load_efficientnet(name)
@@ -121,18 +136,26 @@ def _load_efficientnet(name: str) -> ImageEncoder:
 
 
 def _load_vision_tower(name: str) -> ImageEncoder:
-    from transformers import AutoConfig, AutoModel, Blip2VisionModel, CLIPVisionModel
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        Blip2ForConditionalGeneration,
+        Blip2VisionModel,
+        CLIPVisionModel,
+    )
 
     folder = checkpoint_folder(name)
     with loading(name, "vision tower"):
         config = AutoConfig.from_pretrained(folder)
         classes = {
-            "blip-2": Blip2VisionModel,
+            "blip-2": Blip2ForConditionalGeneration,
             "blip_2_vision_model": Blip2VisionModel,
             "clip": CLIPVisionModel,
             "clip_vision_model": CLIPVisionModel,
         }
         network = load_whole(classes.get(config.model_type, AutoModel), folder)
+        if config.model_type == "blip-2":
+            network = network.vision_model
         file = folder / "preprocessor_config.json"
         seen = json.loads(file.read_text()) if file.exists() else {}
         colors = seen.get("image_mean", CLIP_MEAN), seen.get("image_std", CLIP_STD)

@@ -319,6 +319,20 @@ def test_a_published_model_equals_transformers(kind, tmp_path):
             assert len(set(expected)) > 1
 
 
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_a_published_model_trained_on_is_saved_and_read_again(kind, tmp_path):
+    published(kind).save_pretrained(tmp_path / "hub")
+    small_models.tokenizer(kind).save_pretrained(tmp_path / "hub")
+    model = Blip2.from_pretrained(tmp_path / "hub")
+    randomise(model.qformer, seed=1)  # as training would move it
+    model.save_pretrained(tmp_path / "ours", torch.float32)
+    again = Blip2.from_pretrained(tmp_path / "ours")
+    features = model.encode_images(photos(2))
+    assert torch.equal(again.encode_images(photos(2)), features)
+    assert torch.equal(again.soft_prompt(features), model.soft_prompt(features))
+    assert again.caption(photos(2)) == model.caption(photos(2))
+
+
 @pytest.mark.parametrize("damage", ["truncated", "a tensor less", "no tokenizer"])
 def test_a_damaged_published_model_is_one_sentence(damage, tmp_path):
     theirs = published("opt")

@@ -14,11 +14,14 @@ import small_models
 import tiny
 import torch
 from PIL import Image
+from samples import random_stage1
 from torch.testing import assert_close
 
 from blip2_edu import blip2, cli, data, doctor, evaluation, language, training, vision, weights
 from blip2_edu.checkpoints import load_tensors, save_tensors
 from blip2_edu.cli import main
+from blip2_edu.cli_train import blip2_from_stage1
+from blip2_edu.stage1 import save_stage1
 
 ROOT = Path(__file__).parents[1]
 ESCAPE = "\x1b[31m"
@@ -126,6 +129,15 @@ STAGE2 = ["train", "stage2", "--validation", "scenes:2:1", "--folder", "run"]
         ([*STAGE2, "--stage1", "x", "--without-stage1"], "give --stage1 FOLDER"),
         ([*STAGE2, "--stage1", "x", "--start-from", "y"], "give --stage1 FOLDER"),
         ([*STAGE2, "--without-stage1"], "--data with captions, --questions or both"),
+        ([*STAGE1, "--start-from", "x", "--queries", "8"], "of --start-from decides --queries"),
+        (
+            [*STAGE2, "--start-from", "x", "--data", "y", "--language-model", "z"],
+            "of --start-from decides --language-model",
+        ),
+        (
+            [*STAGE2, "--stage1", "x", "--data", "y", "--queries", "16"],
+            "of --stage1 decides --queries",
+        ),
     ],
 )
 def test_misuse_of_training(capsys, arguments, words):
@@ -247,6 +259,13 @@ def raise_(error: BaseException):
     return anything
 
 
+def refused_memory() -> RuntimeError:
+    """What PyTorch raises when no CPU memory is left: here for an exabyte."""
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    return caught.value
+
+
 @pytest.mark.parametrize(
     "error, code, words",
     [
@@ -255,6 +274,7 @@ def raise_(error: BaseException):
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 1, "doctor` tells"),
         (MemoryError(), 1, "memory"),
         (torch.OutOfMemoryError("CUDA out of memory."), 1, "memory"),
+        (refused_memory(), 1, "memory"),
     ],
 )
 def test_what_may_go_wrong_anywhere(capsys, photo, monkeypatch, error, code, words):
@@ -262,10 +282,19 @@ def test_what_may_go_wrong_anywhere(capsys, photo, monkeypatch, error, code, wor
     assert words in fails(capsys, "caption", photo, code=code)
 
 
-def test_a_mistake_of_ours_is_not_hidden(photo, monkeypatch):
-    monkeypatch.setattr(cli, "load_model", raise_(ZeroDivisionError()))
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("shapes do not match")])
+def test_a_mistake_of_ours_is_not_hidden(photo, monkeypatch, error):
+    monkeypatch.setattr(cli, "load_model", raise_(error))
+    with pytest.raises(type(error)):
         main(["caption", photo])
+
+
+def test_without_the_libraries_a_sentence():
+    """`-S` leaves the installed packages out, as a shell does where no environment is active."""
+    command = [sys.executable, "-S", "-m", "blip2_edu", "doctor"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "No module named 'typer'" in done.stderr and "requirements.txt" in done.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
@@ -378,6 +407,25 @@ def test_both_stages_one_after_the_other(capsys, small, tmp_path):
             assert f"{len(before)} tensors to go on" in out
 
 
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_another_language_model(capsys, tmp_path, kind):
+    encoder = small_models.image_encoder(tmp_path / "encoder").name
+    writer = small_models.save_language_model(kind, tmp_path / "language")
+    save_stage1(random_stage1(small_models.QFORMER, 0), tiny.tokenizer(tmp_path), tmp_path / "one")
+
+    model, _ = blip2_from_stage1(tmp_path / "one", 16, encoder, writer)
+    model.save_pretrained(tmp_path / "two")
+    again = blip2.Blip2.from_pretrained(tmp_path / "two")
+    ends = again.language_model.end_token, model.language_model.end_token
+    assert ends == (small_models.END,) * 2  # what it waits for is what it was taught
+
+    if kind == "t5":
+        command = [*STAGE2, "--start-from", "two", "--data", "scenes:4"]
+        assert "takes --captions-per-image 1" in fails(capsys, *command, code=2)
+        code, _, err = run(capsys, *command, *QUICK, "--captions-per-image", "1")
+        assert code == 0, err
+
+
 def test_without_stage1(capsys, small, tmp_path):
     command = [*STAGE2, "--without-stage1", "--data", "scenes:4"]
     code, _, err = run(capsys, *command, *QUICK)
@@ -391,7 +439,7 @@ def test_without_stage1(capsys, small, tmp_path):
     [
         ([*STAGE1, "--batch-size", "9"], "smaller --batch-size"),
         ([*STAGE1, *QUICK, "--resume"], "no run in run to resume"),
-        ([*STAGE1, "--start-from", "none"], "none/stage1.safetensors is missing"),
+        ([*STAGE1, "--start-from", "none"], "none holds no readable stage1.json"),
         ([*STAGE2, "--stage1", "none", "--data", "scenes:4"], "none holds no readable stage1.json"),
     ],
 )

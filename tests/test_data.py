@@ -2,9 +2,11 @@
 
 import io
 import json
+import os
 import re
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import tiny
@@ -111,6 +113,28 @@ def test_image_folder_with_metadata(tmp_path):
     assert len(open_features(examples, tiny.encoder())) == 2
 
 
+@pytest.fixture
+def divided(tmp_path):
+    """A folder with a part named as people name it; the pictures in both are different ones."""
+    for i, part in enumerate(("train", "val")):
+        folder = tmp_path / "photos" / part
+        folder.mkdir(parents=True)
+        picture(i).save(folder / "photo.png")
+        line = json.dumps({"file_name": "photo.png", "text": WANTED[i][0]})
+        (folder / "metadata.jsonl").write_text(line)
+    return tmp_path / "photos"
+
+
+def test_the_parts_of_a_folder(divided):
+    for split, i in (("train", 0), ("validation", 1)):
+        examples = load_examples(divided, split)
+        assert examples.captions == [[WANTED[i][0]]]
+        assert examples.image(0).tobytes() == picture(i).tobytes()
+    with pytest.raises(DataError, match="no part test, only train and validation"):
+        load_examples(divided, "test")
+    assert load_examples(divided / "val", "validation").captions == [[WANTED[1][0]]]
+
+
 def test_limit(tmp_path):
     file = parquet(tmp_path, {"text": ["a", "b", "c"]}, {"text": TEXT})
     assert load_examples(file, limit=2).captions == [["a"], ["b"]]
@@ -133,6 +157,18 @@ def test_a_hub_data_set_is_streamed_if_only_a_part_is_wanted(tmp_path, monkeypat
     assert asked == {"name": "somebody/photos", "split": "test", "streaming": limit is not None}
     assert len(examples) == (limit or 3)
     assert examples.image(1).tobytes() == picture(1).tobytes()
+
+
+def test_a_stream_that_only_says_where_its_images_are(monkeypatch):
+    place = "memory://photos/0.png"
+    with fsspec.open(place, "wb") as file:
+        file.write(png(picture(0)))
+    rows = [{"image": {"bytes": None, "path": place}, "text": "a dog"}]
+    table = Dataset.from_list(rows, features=Features({"image": ImageFeature(), "text": TEXT}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table.to_iterable_dataset())
+    examples = load_examples("somebody/photos", limit=1)
+    assert examples.image(0).tobytes() == picture(0).tobytes()
+    assert len(open_features(examples, tiny.encoder())) == 1
 
 
 @pytest.mark.parametrize(
@@ -178,6 +214,19 @@ def no_answer(folder):
     return parquet(folder, {"questions": asked}, {"questions": QUESTIONS})
 
 
+def number_as_answer(folder):
+    asked = [[{"question": "how many?", "answer": 2}]]
+    types = {"questions": List({"question": TEXT, "answer": Value("int64")})}
+    return parquet(folder, {"questions": asked}, types)
+
+
+def answers_that_are_no_texts(folder):
+    given = {"question": "who?", "answer": "a dog", "answers": [{"answer": "a dog", "id": 1}]}
+    types = {"question": TEXT, "answer": TEXT}
+    types |= {"answers": List({"answer": TEXT, "id": Value("int64")})}
+    return parquet(folder, {"questions": [[given]]}, {"questions": List(types)})
+
+
 def no_picture(folder):
     return parquet(folder, {"text": ["a", "b"]}, {"text": TEXT}, [{"bytes": png(picture(0))}, None])
 
@@ -188,7 +237,9 @@ def no_picture(folder):
         (no_images, "no image column; its columns are text"),
         (no_texts, "neither captions nor questions"),
         (no_parquet, "cannot be read as a data set"),
-        (no_answer, "in row 1"),
+        (no_answer, "in row 0"),
+        (number_as_answer, "in row 0"),
+        (answers_that_are_no_texts, "in row 0"),
         (no_picture, "no image in row 1"),
         (lambda folder: "scenes:many", "cannot be read"),
         (lambda folder: folder / "nothing.parquet", "cannot be read"),
@@ -252,6 +303,21 @@ def test_an_encoder_in_bfloat16(monkeypatch):
     assert seen == 3 and everything(cache).dtype == torch.float32
     monkeypatch.undo()
     torch.testing.assert_close(everything(cache), expected(pictures(3)), atol=0.01, rtol=0.01)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="of Unix")
+def test_the_disk_space_of_a_cache_is_taken_at_once(tmp_path, monkeypatch):
+    """A mapped file that grows where no space is left kills the process without a word."""
+    monkeypatch.setattr(ImageEncoder, "forward", lambda *_: 1 / 0)
+    for _ in range(2):  # and when it is opened again
+        with pytest.raises(ZeroDivisionError):
+            open_features(pictures(4000), tiny.encoder())
+        (file,) = (tmp_path / "cache").glob("*/view-0/features.npy")
+        size = file.stat()
+        assert size.st_size > 4000 * 4 * 3 * 2 and 512 * size.st_blocks >= size.st_size
+        with file.open("r+b") as hollow:
+            hollow.truncate(4096)
+            hollow.truncate(size.st_size)
 
 
 def test_flipped_views():

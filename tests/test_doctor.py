@@ -51,7 +51,7 @@ def test_missing_weights(capsys, monkeypatch):
     code, values, faults = examine(capsys)
     assert (code, faults) == (1, ["smollm2-135m"])
     assert weights.INSTALL in values["smollm2-135m"]
-    assert values["Runs here"] == "match, train stage1"
+    assert values["Runs here"] == "train stage1"
 
 
 def test_damaged_weights(capsys, monkeypatch):
@@ -60,7 +60,7 @@ def test_damaged_weights(capsys, monkeypatch):
     monkeypatch.setitem(weights.EMBEDDED, "minilm-l6", weights.EmbeddedFile(**expected))
     code, values, faults = examine(capsys)
     assert (code, faults) == (1, ["minilm-l6"])
-    assert "damaged" in values["minilm-l6"] and "train" not in values["Runs here"]
+    assert "damaged" in values["minilm-l6"] and "train stage1" not in values["Runs here"]
 
 
 def test_every_fault_has_its_line(capsys, monkeypatch, mini):

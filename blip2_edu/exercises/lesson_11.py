@@ -7,7 +7,7 @@ from blip2_edu.evaluation import pointing_game
 from blip2_edu.exercises import exercise, expect, same
 
 
-def noise(*shape: int) -> Tensor:
+def uniform(*shape: int) -> Tensor:
     """Numbers between 0 and 1, the same at every call and without a trace in the student's own."""
     return torch.rand(shape, generator=torch.Generator().manual_seed(len(shape)))
 
@@ -15,7 +15,7 @@ def noise(*shape: int) -> Tensor:
 @exercise
 def check_fold_places(fold_places):
     for prefix in (1, 0, 2):
-        weights = noise(2, 5, prefix + 12).softmax(dim=-1)
+        weights = uniform(2, 5, prefix + 12).softmax(dim=-1)
         maps = fold_places(weights, prefix, 3)
         expect(isinstance(maps, Tensor), "the maps should be a tensor")
         expect(maps.shape != (2, 5, 4, 3), "rows and columns are swapped: the last axis is a row's")
@@ -45,7 +45,7 @@ def check_points_inside(points_inside):
     size = (400, 200)  # of the image: width, height
 
     def ask(row: int, column: int, *boxes: tuple[int, int, int, int]) -> bool:
-        attention = noise(4, 5) / 2
+        attention = uniform(4, 5) / 2
         attention[row, column] = 1
         answer = points_inside(attention, boxes, size)
         expect(isinstance(answer, bool), "the answer should be True or False")
@@ -66,7 +66,7 @@ def check_points_inside(points_inside):
 
 @exercise
 def check_gradient_weighted(gradient_weighted):
-    weights, gradients = noise(3, 4, 6).softmax(dim=-1), noise(3, 4, 6) - 0.5  # (H, Q, N)
+    weights, gradients = uniform(3, 4, 6).softmax(dim=-1), uniform(3, 4, 6) - 0.5  # (H, Q, N)
     product = weights * gradients
     found = gradient_weighted(weights, gradients)
     expect(isinstance(found, Tensor), "the map should be a tensor")
@@ -103,8 +103,8 @@ def check_rollout(rollout):
                 seen = (seen + cross) / 2
         return seen
 
-    selves = list((4 * noise(2, 3, 3)).softmax(dim=-1))  # two blocks of 3 queries and 5 places
-    crosses = list((4 * noise(2, 3, 5, 1)[..., 0]).softmax(dim=-1))
+    selves = list((4 * uniform(2, 3, 3)).softmax(dim=-1))  # two blocks of 3 queries and 5 places
+    crosses = list((4 * uniform(2, 3, 5, 1)[..., 0]).softmax(dim=-1))
     found = rollout(selves, crosses)
     expect(isinstance(found, Tensor), "the result should be a tensor")
     expect(found.shape == (3, 5), f"(Q, N) = (3, 5) is wanted, not {tuple(found.shape)}")

@@ -36,7 +36,7 @@ lessons: setup ## run all lessons, keep what they show, measure what they cost
 
 lock: ## resolve pyproject.toml afresh into requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install --quiet -e ".[lab,dev]"
+	$(VENV)-lock/bin/python -m pip install --quiet -e ".[lab,dev,tensorboard]"
 	{ echo "# Made by \`make lock\` from pyproject.toml; do not edit."; \
 	  $(VENV)-lock/bin/python -m pip freeze --all --exclude-editable --exclude pip \
 	  | sed -E 's/\+(cpu|cu[0-9]+)$$//' | grep -Ev '^(cuda|nvidia|triton)'; } > requirements.txt

@@ -13,7 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from blip2_edu.checkpoints import from_transformers, load_strictly, load_tensors, save_tensors
+from blip2_edu.checkpoints import (
+    from_transformers,
+    load_strictly,
+    load_tensors,
+    save_json,
+    save_tensors,
+)
 from blip2_edu.hardware import native_bfloat16
 from blip2_edu.images import open_image
 from blip2_edu.language import IMAGE, LanguageModel, load_language_model, load_tokenizer
@@ -171,10 +177,23 @@ class Blip2(nn.Module):
             features = features.expand(len(questions), -1, -1)
         if len(features) != len(questions):
             raise ValueError(f"{len(features)} images do not go with {len(questions)} questions")
-        return self.write(features, [self.question_prompt(q) for q in questions], **decoding)
+        return self.write_answers(features, questions, **decoding)
+
+    def write_answers(
+        self, image_features: Tensor, questions: Sequence[str], **decoding
+    ) -> list[str]:
+        """Features (B, N, W) and B questions -> B answers.
+
+        Beams are ranked with a length penalty of -1 unless told: people answer in a word or two
+        (paper, section 4.1).
+        """
+        if decoding.get("num_beams") != 1:  # without beams there is nothing to rank
+            decoding = {"length_penalty": -1.0} | decoding
+        return self.write(image_features, [self.question_prompt(q) for q in questions], **decoding)
 
     def question_prompt(self, question: str) -> str:
-        """The prompt that asks `question`; a `{image}` typed by a user is only text."""
+        """The prompt that asks `question`; whatever a user typed, a `{image}` too, is only text."""
+        question = question.encode("utf-8", "replace").decode()
         question = " ".join(question.replace(IMAGE, "image").split())
         return self.config.prompts.question.replace("{question}", question)
 
@@ -213,7 +232,7 @@ class Blip2(nn.Module):
         save_tensors(learned, folder / "stage2.safetensors")
         if self.stage1 is not None:
             save_stage1(self.stage1, self.tokenizer, folder, dtype)
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        save_json(asdict(self.config), folder / "config.json")
 
     @classmethod
     def from_pretrained(cls, name: str | Path = "mini") -> "Blip2":

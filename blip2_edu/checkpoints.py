@@ -6,8 +6,10 @@ other format has no name for is handed back, never dropped.
 """
 
 import glob
+import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,17 +24,19 @@ State = dict[str, Tensor]
 Table = tuple[tuple[str, str], ...]  # names of modules or parameters; {i} is a layer's number
 
 
-def save_tensors(tensors: State, path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write aside, flush to the disk, rename: a reader sees the old file or the new, never half.
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Write to what is yielded; it is flushed to the disk and takes the place of `path`.
 
-    Raises WeightsError if the disk is full or may not be written; the old file is then intact.
+    So a reader sees the old file or the new, never half of one. Raises WeightsError if the disk is
+    full or may not be written; the old file is then intact.
     """
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for abandoned in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
             abandoned.unlink()  # a killed run's; they would fill the disk one by one
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside, metadata)
+        yield aside
         with aside.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -40,6 +44,18 @@ def save_tensors(tensors: State, path: Path, metadata: dict[str, str] | None = N
         with suppress(OSError):
             aside.unlink()
         raise WeightsError(f"{path} could not be written and is as it was: {error}") from error
+
+
+def save_tensors(tensors: State, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all; raises WeightsError."""
+    with written_aside(path) as aside:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, aside, metadata)
+
+
+def save_json(values: dict, path: Path) -> None:
+    """Write a JSON file, whole or not at all; raises WeightsError."""
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def load_tensors(path: Path) -> tuple[State, dict[str, str]]:

@@ -1,5 +1,6 @@
 """The commands that train: `python -m blip2_edu train stage1|stage2`."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,18 @@ if TYPE_CHECKING:
 
 train = typer.Typer(help="Train the Q-Former: stage 1, then stage 2.", rich_markup_mode=None)
 
+
+def number(help: str, max: float | None = None) -> object:
+    """An option that is a number from 0 to `max`; "nan" and "inf" are floats, too, and refused."""
+
+    def finite(value: float) -> float:
+        if not math.isfinite(value):
+            raise typer.BadParameter(f"{value} is no number to train with.")
+        return value
+
+    return typer.Option(min=0, max=max, help=help, callback=finite)
+
+
 SOURCE = "parquet file, image folder, hub id, or scenes:N for N drawn scenes"
 Data = Annotated[str, typer.Option(help=SOURCE)]
 Sources = Annotated[list[str], typer.Option(help=SOURCE + "; again for more")]
@@ -29,15 +42,17 @@ Views = Annotated[
     int, typer.Option(min=1, help="1: the images, 2: and mirrored, more: and random crops")
 ]
 Keep = Annotated[int | None, typer.Option(min=1, help="patches of an image to learn from a step")]
-Share = Annotated[float, typer.Option(min=0, help="batches of each further source for one")]
-Epochs = Annotated[float, typer.Option(min=0, help="how often to go through the data")]
-Rate = Annotated[float, typer.Option(min=0, help="learning rate of what starts pretrained")]
-RateNew = Annotated[float, typer.Option(min=0, help="learning rate of what starts at random")]
-Decay = Annotated[float, typer.Option(min=0, help="weight decay, on matrices only")]
-Warmup = Annotated[float, typer.Option(min=0, max=1, help="share of the steps to warm up in")]
+Share = Annotated[float, number("batches of each further source for one")]
+Epochs = Annotated[float, number("how often to go through the data")]
+Rate = Annotated[float, number("learning rate of what starts pretrained")]
+RateNew = Annotated[float, number("learning rate of what starts at random")]
+Decay = Annotated[float, number("weight decay, on matrices only")]
+Warmup = Annotated[float, number("share of the steps to warm up in", max=1)]
 Accumulate = Annotated[int, typer.Option(min=1, help="batches to a step")]
 EvaluateEvery = Annotated[int, typer.Option(min=1, help="steps between evaluations and states")]
-Seed = Annotated[int, typer.Option(min=0, help="of everything that is drawn at random")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="of everything that is drawn at random")
+]
 Resume = Annotated[bool, typer.Option("--resume", help="go on where a stopped run was")]
 TensorBoard = Annotated[bool, typer.Option("--tensorboard", help="write metrics for it, too")]
 

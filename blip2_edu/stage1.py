@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from blip2_edu.attention import KeysValues
-from blip2_edu.checkpoints import load_strictly, load_tensors, save_tensors
+from blip2_edu.checkpoints import load_strictly, load_tensors, save_json, save_tensors
 from blip2_edu.objectives import (
     itc_loss,
     itc_similarity,
@@ -188,7 +188,7 @@ def save_stage1(
     """Write stage1.json, stage1.safetensors and tokenizer.json into `folder`."""
     state = {name: x.to(dtype) for name, x in model.state_dict().items()}
     save_tensors(state, folder / "stage1.safetensors")
-    (folder / "stage1.json").write_text(json.dumps(asdict(model.config), indent=2) + "\n")
+    save_json(asdict(model.config), folder / "stage1.json")
     tokenizer.save(folder / "tokenizer.json")
 
 

@@ -1,5 +1,6 @@
 """Captions as the Q-Former reads them: BERT's word pieces."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from tokenizers import Tokenizer as WordPieces
 from torch import Tensor
 
+from blip2_edu.checkpoints import save_json
 from blip2_edu.weights import WeightsError
 
 MAX_TOKENS = 32  # as in LAVIS; the longest caption of a photograph is rarely over 25
@@ -39,7 +41,7 @@ class Tokenizer:
         )
 
     def save(self, file: Path) -> None:
-        self.pieces.save(str(file))
+        save_json(json.loads(self.pieces.to_str()), file)
 
     def decode(self, ids: Tensor) -> list[str]:
         """ids (B, T) -> texts, without special tokens."""

@@ -154,7 +154,7 @@ def _load_vision_tower(name: str) -> ImageEncoder:
             "clip_vision_model": CLIPVisionModel,
         }
         network = load_whole(classes.get(config.model_type, AutoModel), folder)
-        if config.model_type == "blip-2":
+        if hasattr(network.config, "vision_config"):  # it reads, too
             network = network.vision_model
         file = folder / "preprocessor_config.json"
         seen = json.loads(file.read_text()) if file.exists() else {}

@@ -10,22 +10,29 @@ from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     Blip2VisionConfig,
     Blip2VisionModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from blip2_edu.blip2 import Blip2, Blip2Config, Prompts
+from blip2_edu.data import Examples
 from blip2_edu.language import LanguageModel
 from blip2_edu.qformer import QFormerConfig
+from blip2_edu.training import Mixture, Source, TrainingConfig, train_stage2
 from blip2_edu.vision import ImageEncoder, load_image_encoder
 
 QFORMER = QFormerConfig.tiny()  # reads features of width 20
@@ -33,6 +40,7 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<image>")
 PAD, START, END, IMAGE = range(len(SPECIAL))
 VOCABULARY = len(SPECIAL) + 256
 KINDS = ("llama", "opt", "t5")  # nothing is added to a text; a first token; a last token
+MORE_KINDS = ("gpt2", "bart")  # as llama; as t5
 
 
 def tokenizer(kind: str) -> PreTrainedTokenizerFast:
@@ -44,8 +52,8 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     pieces.decoder = decoders.Sequence(
         [decoders.Fuse(), decoders.Replace("Ġ", " "), decoders.Replace("Ċ", "\n")]
     )
-    if kind != "llama":
-        template = {"opt": "<s> $A", "t5": "$A </s>"}[kind]
+    if kind not in ("llama", "gpt2"):
+        template = "<s> $A" if kind == "opt" else "$A </s>"
         added = [("<s>", START)] if kind == "opt" else [("</s>", END)]
         pieces.post_processor = TemplateProcessing(single=template, special_tokens=added)
     return PreTrainedTokenizerFast(
@@ -57,8 +65,27 @@ def tokenizer(kind: str) -> PreTrainedTokenizerFast:
     )
 
 
-def language_config(kind: str) -> LlamaConfig | OPTConfig | T5Config:
+def language_config(kind: str) -> PreTrainedConfig:
     ends = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}
+    if kind == "gpt2":
+        return GPT2Config(
+            vocab_size=VOCABULARY, n_embd=24, n_layer=2, n_head=3, n_positions=128, **ends
+        )
+    if kind == "bart":
+        return BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=24,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=3,
+            decoder_attention_heads=3,
+            encoder_ffn_dim=32,
+            decoder_ffn_dim=32,
+            max_position_embeddings=128,
+            decoder_start_token_id=PAD,
+            forced_eos_token_id=None,
+            **ends,
+        )
     if kind == "llama":
         return LlamaConfig(
             vocab_size=VOCABULARY,
@@ -94,7 +121,13 @@ def language_config(kind: str) -> LlamaConfig | OPTConfig | T5Config:
 
 
 def language_network(kind: str, seed: int = 3) -> nn.Module:
-    classes = {"llama": LlamaForCausalLM, "opt": OPTForCausalLM, "t5": T5ForConditionalGeneration}
+    classes = {
+        "llama": LlamaForCausalLM,
+        "opt": OPTForCausalLM,
+        "t5": T5ForConditionalGeneration,
+        "gpt2": GPT2LMHeadModel,
+        "bart": BartForConditionalGeneration,
+    }
     return randomise(classes[kind](language_config(kind)), seed).eval()
 
 
@@ -150,3 +183,24 @@ def blip2(folder: Path, kind: str = "llama", seed: int = 5) -> Blip2:
     randomise(model.qformer, seed)
     model.soft_prompt_norm.weight.data *= 8  # so that an untrained language model cannot miss it
     return model.eval()
+
+
+def asked(images: int, seed: int = 0) -> Examples:
+    """Images with captions, and with a question each."""
+    examples = tiny.captioned(images, seed=seed)
+    for questions in examples.questions:
+        question = {"question": "who?", "answer": "dog", "answers": ["dog"] * 10}
+        questions.append(question | {"answer_type": "other", "question_type": "who"})
+    return examples
+
+
+def run_stage2(folder: Path, resume: bool = False) -> None:
+    """Forty steps of captions and questions; the same everywhere, as `tiny.run_stage1`."""
+    model = blip2(folder.parent)
+    examples, features = asked(20), tiny.random_features(20, 2)
+    captions = Source(examples, features, batch_size=4, texts_per_image=2)
+    questions = Source(examples, features, batch_size=4, ask=True)
+    held_out = [(asked(3, seed=1), tiny.random_features(3, seed=1))]
+    config = TrainingConfig(folder, epochs=4, learning_rate_new=1e-3, evaluate_every=7)
+    pretrained = model.start_from_stage1()
+    train_stage2(model, Mixture([captions, questions]), held_out, pretrained, config, resume)

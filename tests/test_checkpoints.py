@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import small_models
 import torch
 from reference import generation_model, retrieval_model
 from safetensors import SafetensorError
@@ -27,6 +28,7 @@ from blip2_edu.checkpoints import (
     to_transformers,
 )
 from blip2_edu.qformer import QFormer, QFormerConfig
+from blip2_edu.stage1 import save_stage1
 from blip2_edu.weights import WeightsError, embedded_file
 
 TINY = QFormerConfig.tiny()
@@ -130,6 +132,30 @@ checkpoints.save_tensors({{}}, Path({str(file)!r}))
     assert_identical(load_tensors(file)[0], OLD)
     save_tensors(OLD, file, {"note": "old"})
     assert_old_and_alone(file)
+
+
+def test_configurations_too_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    model = small_models.blip2(tmp_path)
+    model.save_pretrained(tmp_path / "model")
+
+    def contents() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+
+    def half(path, text, encoding):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    before = contents()
+    for save in (
+        lambda: model.save_pretrained(tmp_path / "model"),
+        lambda: save_stage1(model.stage1, model.tokenizer, tmp_path / "model", torch.float16),
+        lambda: model.tokenizer.save(tmp_path / "model" / "tokenizer.json"),
+    ):
+        with pytest.raises(WeightsError) as caught:
+            save()
+        assert ".json" in one_sentence(caught)
+        assert contents() == before
 
 
 def test_a_file_that_may_not_be_written(tmp_path):

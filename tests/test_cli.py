@@ -1,5 +1,6 @@
 """The command line: right answers on stdout, one sentence and an exit code for every mistake."""
 
+import hashlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from samples import random_stage1
 from torch.testing import assert_close
 
 from blip2_edu import blip2, cli, data, doctor, evaluation, language, training, vision, weights
-from blip2_edu.checkpoints import load_tensors, save_tensors
+from blip2_edu.checkpoints import load_tensors
 from blip2_edu.cli import main
 from blip2_edu.cli_train import blip2_from_stage1
 from blip2_edu.stage1 import save_stage1
@@ -124,6 +125,9 @@ STAGE2 = ["train", "stage2", "--validation", "scenes:2:1", "--folder", "run"]
     "arguments, words",
     [
         ([*STAGE1, "--objectives", "itc,rot"], "no objective rot"),
+        ([*STAGE1, "--epochs", "nan"], "--epochs"),
+        ([*STAGE1, "--share", "inf"], "inf is no number"),
+        ([*STAGE1, "--seed", str(2**64)], "--seed"),
         (STAGE1[:-2], "--folder"),
         (STAGE2, "give --stage1 FOLDER, --without-stage1 or --start-from FOLDER"),
         ([*STAGE2, "--stage1", "x", "--without-stage1"], "give --stage1 FOLDER"),
@@ -495,7 +499,8 @@ def test_weights(capsys, monkeypatch, tmp_path):
     code, out, _ = run(capsys, "weights")
     assert code == 1 and "PROBLEM  mini" in out  # a folder with nothing in it
     (mini / "config.json").write_text("{}")
-    save_tensors({"queries": torch.zeros(2)}, mini / "stage2.safetensors")
+    digest = hashlib.sha256(b"{}").hexdigest()
+    (mini / "SHA256SUMS").write_text(f"{digest}  config.json\n")
     code, out, _ = run(capsys, "weights")
     assert code == 0 and weights.INSTALL in out
     assert [line.split()[0] for line in out.splitlines()[:4]] == ["ok"] * 4

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 
 import datasets
 import fsspec
@@ -386,6 +387,23 @@ def test_another_encoder_or_image_has_another_cache(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 4
     cache, seen = open_and_count(examples)
     assert seen == 0 and torch.equal(everything(cache), expected(examples))
+
+
+@pytest.mark.parametrize("foreign", ["encoder", "view", "images"])
+def test_a_foreign_cache_in_the_place_of_ours_is_not_used(tmp_path, foreign):
+    """All of its rows are whole, and none is ours."""
+    examples = pictures(5)
+    open_and_count(examples, views=2)
+    (ours,) = (tmp_path / "cache").iterdir()
+    if foreign == "encoder":
+        open_features(examples, tiny.encoder(scale=2.0))
+    if foreign == "images":
+        open_and_count(pictures(5, first=9))
+    theirs = next((f for f in (tmp_path / "cache").iterdir() if f != ours), None)
+    source = ours / "view-1" if foreign == "view" else theirs / "view-0"
+    shutil.copytree(source, ours / "view-0", dirs_exist_ok=True)
+    cache, seen = open_and_count(examples)
+    assert seen == 5 and torch.equal(everything(cache), expected(examples))
 
 
 def flip_a_byte_of_row_3(file):

@@ -1,9 +1,11 @@
 """The doctor finds each planted fault, says it in one line, and counts it in its exit code."""
 
+import hashlib
 import importlib.metadata
 import json
 import platform
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +14,20 @@ from safetensors.torch import save_file
 from blip2_edu import doctor, hardware, weights
 
 
+def sums(folder) -> str:
+    """As `sha256sum` prints them, of what a checkpoint is made of."""
+    files = [*sorted(folder.glob("*.json")), *sorted(folder.glob("*.safetensors"))]
+    return "".join(f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in files)
+
+
 @pytest.fixture(autouse=True)
 def mini(tmp_path, monkeypatch):
     """A whole checkpoint named mini in a course folder of its own; returns its folder."""
     folder = tmp_path / "data" / "checkpoints" / "mini"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"format": 1}))
-    save_file({"queries": torch.zeros(32, 384)}, folder / "model.safetensors")
+    save_file({"queries": torch.zeros(32, 384)}, folder / "stage2.safetensors")
+    (folder / "SHA256SUMS").write_text(sums(folder))
     monkeypatch.setattr(weights, "ROOT", tmp_path)
     return folder
 
@@ -42,7 +51,7 @@ def test_all_is_well(capsys):
     assert (code, faults) == (0, [])
     assert values["PyTorch"] == torch.__version__
     assert values["minilm-l6"] == "intact, 91 MB"
-    assert values["mini"].startswith("present")
+    assert values["mini"].startswith("intact")
     assert values["Runs here"] == ", ".join(doctor.NEEDS)
 
 
@@ -73,13 +82,24 @@ def test_every_fault_has_its_line(capsys, monkeypatch, mini):
 
 
 def cut_short(folder):
-    file = folder / "model.safetensors"
+    file = folder / "stage2.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
+
+
+def flipped(folder):
+    file = folder / "stage2.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
 
 
 FAULTS = {
     "cut short": cut_short,
-    "no weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "one bit flipped": flipped,
+    "no checksums": lambda folder: (folder / "SHA256SUMS").unlink(),
+    "empty checksums": lambda folder: (folder / "SHA256SUMS").write_text(""),
+    "checksums of another form": lambda folder: (folder / "SHA256SUMS").write_text("abc"),
+    "no weights": lambda folder: (folder / "stage2.safetensors").unlink(),
     "no config": lambda folder: (folder / "config.json").unlink(),
     "broken config": lambda folder: (folder / "config.json").write_text("{"),
 }
@@ -124,6 +144,12 @@ def test_course_not_installed(capsys, monkeypatch):
     code, values, faults = examine(capsys)
     assert (code, faults) == (1, ["blip2_edu"])
     assert "pip install --no-deps -e ." in values["blip2_edu"]
+
+
+def test_the_checksums_beside_mini_are_of_its_files():
+    folder = Path(__file__).parents[1] / "data" / "checkpoints" / "mini"
+    written = (folder / "SHA256SUMS").read_text()
+    assert written == sums(folder) and written.count("\n") == 5
 
 
 def test_hardware_table_names_no_machine():

@@ -305,8 +305,8 @@ class Parrot:
     def __init__(self):
         self.batches = []
 
-    def question_prompt(self, question):
-        return question
+    def write_answers(self, features, questions, num_beams):
+        return self.write(features, questions, num_beams)
 
     def write(self, features, prompts, num_beams):
         self.batches.append(len(prompts))

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_vision import state_hash
 from torch import Tensor, nn
+from transformers import BloomConfig, FalconConfig
 
 from blip2_edu.language import IMAGE, LanguageModel, load_language_model, split_prefix
 from blip2_edu.weights import WeightsError
@@ -66,6 +67,26 @@ def test_the_loss_and_its_gradient(model, copies):
     torch.testing.assert_close(loss, total / count, **CLOSE)
     (gradient,) = torch.autograd.grad(loss, soft)
     torch.testing.assert_close(gradient, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", small_models.MORE_KINDS)
+def test_other_networks(kind):
+    model, soft = small_models.language_model(kind, end_of_text="\n"), soft_prompts(3)
+    values = [
+        negative_log_likelihood(model, soft[i // 2], PROMPTS[i // 2], text)
+        for i, text in enumerate(TEXTS)
+    ]
+    expected = sum(value for value, _ in values) / sum(tokens for _, tokens in values)
+    loss = model.loss(soft, PROMPTS, TEXTS)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    gradients = [torch.autograd.grad(some, soft)[0] for some in (loss, expected)]
+    assert gradients[0].abs().sum(dim=(1, 2)).min() > 0
+    torch.testing.assert_close(*gradients, **CLOSE)
+    settings = {"num_beams": 3, "do_sample": False, "max_new_tokens": 6}
+    together = model.generate(soft, PROMPTS, **settings)
+    assert together == [
+        model.generate(soft[i : i + 1], PROMPTS[i : i + 1], **settings)[0] for i in range(3)
+    ]
 
 
 def test_texts_that_share_a_prompt_equal_texts_with_their_own(model):
@@ -337,3 +358,17 @@ def test_smollm2_reads_a_soft_prompt():
     answers = model.generate(soft, [prompt] * 2, do_sample=False, max_new_tokens=12)
     assert "Paris" in answers[0] and "Rome" in answers[1]
     assert model.loss(soft, [prompt] * 2, answers) < 0.5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2),
+        FalconConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, alibi=True),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_positions_that_cannot_be_given_are_refused(config, tmp_path):
+    config.save_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="by ALiBi"):
+        load_language_model(str(tmp_path))

@@ -5,15 +5,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import small_models
+import tiny
 import torch
 from reference import retrieval_model
 from samples import random_image, random_qformer, random_text
 from torch import Tensor, nn
-from transformers import Blip2QFormerModel
+from transformers import Blip2QFormerModel, OPTForCausalLM
 
+from blip2_edu.blip2 import Blip2, Blip2Config
 from blip2_edu.checkpoints import from_transformers, load_strictly
+from blip2_edu.language import LanguageModel
 from blip2_edu.qformer import QFormer, QFormerConfig, QFormerOutput, joint_mask
 from blip2_edu.stage1 import Blip2Stage1, Stage1Config
+from blip2_edu.vision import ImageEncoder
 
 TINY = QFormerConfig.tiny()
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -118,6 +123,7 @@ def test_equals_transformers_with_queries(config, case):
     silent = ours(image, ids, mask, image_mask=image_mask)
     assert silent.self_attention is None and silent.cross_attention is None
     assert torch.equal(silent.queries, output.queries)
+    assert ids is None or torch.equal(silent.text, output.text)
 
 
 @pytest.mark.parametrize("lengths", [[5, 2, 9], [7], [1, 1]], ids=str)
@@ -126,10 +132,12 @@ def test_equals_transformers_with_queries(config, case):
 def test_equals_transformers_with_text_alone(config, lengths):
     ours, theirs, embeddings = pair(config)
     ids, mask = random_text(config, lengths)
-    expected = theirs(embeddings(ids), query_length=0, attention_mask=mask).last_hidden_state
-    output = ours(text_ids=ids, text_mask=mask)
-    assert output.queries is None
+    with recorded_attention(theirs) as (self_attention, _):
+        expected = theirs(embeddings(ids), query_length=0, attention_mask=mask).last_hidden_state
+    output = ours(text_ids=ids, text_mask=mask, return_attention=True)
+    assert output.queries is None and output.cross_attention == []
     torch.testing.assert_close(output.text[mask.bool()], expected[mask.bool()], **CLOSE)
+    compare_attention(output.self_attention, self_attention)
 
 
 def count(config: QFormerConfig) -> int:
@@ -139,12 +147,24 @@ def count(config: QFormerConfig) -> int:
     return sum(p.numel() for part in (qformer.layers, qformer.norm) for p in part.parameters())
 
 
+def published_parts() -> tuple[ImageEncoder, LanguageModel]:
+    """An encoder as wide as ViT-g and a language model as wide as OPT-2.7b, with little in them."""
+    encoder, config = tiny.encoder(), small_models.language_config("opt")
+    encoder.width, config.hidden_size, config.word_embed_proj_dim = 1408, 2560, 2560
+    config.num_attention_heads = 32
+    tokenizer = small_models.tokenizer("opt")
+    return encoder, LanguageModel("opt", OPTForCausalLM(config), tokenizer)
+
+
 def test_sizes_are_the_papers():
     base = QFormerConfig.base()
     assert count(replace(base, vocab_size=None)) == 105_137_664
     assert count(base) == 161_825_280
     with torch.device("meta"):
         qformer = QFormer(base)
+        plain = Blip2Config(base, norm_image_features=False, norm_soft_prompt=False)
+        projection = Blip2(plain, *published_parts()).language_projection
+    assert sum(p.numel() for p in projection.parameters()) == 1_968_640
     assert qformer.query_tokens.shape == (1, 32, 768)
     assert qformer.word_embeddings.weight.shape == (30_523, 768)
 

@@ -18,7 +18,7 @@ from blip2_edu.weights import EMBEDDED, INSTALL
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-WANTED = [Requirement(r) for r in PROJECT["dependencies"] + EXTRAS["lab"] + EXTRAS["dev"]]
+WANTED = [Requirement(r) for r in PROJECT["dependencies"] + sum(EXTRAS.values(), [])]
 
 
 def lines(file: str) -> list[str]:
@@ -71,6 +71,10 @@ def test_conda_uses_the_lock():
 def test_make_sets_up_again_when_a_file_changes(file):
     rule = rf"^\$\(VENV\)/\.\w+: .*\b{re.escape(file)}"
     assert re.search(rule, (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_make_installs_the_lock():
+    assert "\t$(PIP) -r requirements.txt\n" in (ROOT / "Makefile").read_text()
 
 
 def test_make_installs_the_weights_by_hash_alone():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference import retrieval_model
 from samples import random_image, random_stage1, random_text
+from test_qformer import CONFIGS
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -26,15 +27,16 @@ def untrained(config: QFormerConfig = TINY) -> Blip2Stage1:
 
 
 @pytest.mark.parametrize("lengths", [[5, 2, 9], [4]], ids=str)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @torch.no_grad()
-def test_scores_equal_transformers(lengths):
+def test_scores_equal_transformers(config, lengths):
     """ITC similarities and ITM logits of Blip2ForImageTextRetrieval, from pixels."""
-    theirs = retrieval_model(TINY)
-    ours = random_stage1(TINY, seed=2)
+    theirs = retrieval_model(config)
+    ours = random_stage1(config, seed=2)
     state, _ = from_transformers(theirs.state_dict())
     _, without_home = to_transformers(ours.state_dict())
     load_strictly(ours, state | without_home)
-    ids, mask = random_text(TINY, lengths)
+    ids, mask = random_text(config, lengths)
     pixels = torch.randn(len(lengths), 3, 28, 28)
     features = []  # what stands before their last vision norm, which is our `image_norm`
     hook = theirs.vision_model.post_layernorm.register_forward_pre_hook(

@@ -99,6 +99,28 @@ def test_every_step_has_a_line_and_every_evaluation(tmp_path):
     assert [line["step"] for line in metrics(tmp_path, "evaluation")] == list(range(1, 20, 2))
 
 
+def test_tensorboard_gets_the_same_numbers(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit_line(tmp_path, tensorboard=True)
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    shown = EventAccumulator(str(events)).Reload()
+    for tag, kind, name in (
+        ("train/square", "train", "square"),
+        ("evaluation/score", "evaluation", "score"),
+    ):
+        seen = [(event.step, event.value) for event in shown.Scalars(tag)]
+        written = [(line["step"], line[name]) for line in metrics(tmp_path, kind)]
+        assert [step for step, _ in seen] == [step for step, _ in written]
+        assert [value for _, value in seen] == pytest.approx([value for _, value in written])
+
+
+def test_without_tensorboard_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("blip2_edu.training.is_tensorboard_available", lambda: False)
+    with pytest.raises(TrainingError, match="TensorBoard is missing: run `python -m pip"):
+        fit_line(tmp_path, tensorboard=True)
+
+
 BFLOAT16 = """
 import sys
 from pathlib import Path
@@ -378,17 +400,18 @@ def same_run(first: Path, second: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL on Windows")
-def test_killed_at_any_moment_it_goes_on_as_if_never_stopped(tmp_path, monkeypatch):
+@pytest.mark.parametrize("train", [tiny.run_stage1, small_models.run_stage2])
+def test_killed_at_any_moment_it_goes_on_as_if_never_stopped(tmp_path, monkeypatch, train):
     seed = random.randrange(10**6)
     draw = random.Random(seed)
     # A server that has imported everything forks the runs: starting one costs milliseconds.
     places = [str(Path(tiny.__file__).parent), str(Path(__file__).parents[1])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["tiny"])
+    processes.set_forkserver_preload(["small_models"])
 
     def start(folder: str, resume: bool):
-        process = processes.Process(target=tiny.run_stage1, args=(tmp_path / folder, resume))
+        process = processes.Process(target=train, args=(tmp_path / folder, resume))
         process.start()
         return process
 
@@ -457,19 +480,7 @@ def test_stage1_learns_eight_pairs_by_heart(tmp_path):
 
 def test_stage2_moves_what_should_learn_and_nothing_else(tmp_path):
     model = small_models.blip2(tmp_path)
-    examples, features = tiny.captioned(8), tiny.random_features(8)
-    examples.questions = [
-        [
-            {
-                "question": "who?",
-                "answer": "dog",
-                "answers": ["dog"] * 10,
-                "answer_type": "other",
-                "question_type": "who",
-            }
-        ]
-        for _ in range(8)
-    ]
+    examples, features = small_models.asked(8), tiny.random_features(8)
     batches = Mixture(
         [Source(examples, features, 4, texts_per_image=2), Source(examples, features, 4, ask=True)]
     )

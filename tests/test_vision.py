@@ -10,7 +10,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+    ViTModel,
+)
 
 from blip2_edu.images import open_image
 from blip2_edu.vision import CLIP_MEAN, CLIP_STD, ImageEncoder, load_image_encoder
@@ -129,6 +140,36 @@ def test_the_vision_half_of_a_whole_clip(tmp_path):
     encoder = load_image_encoder(str(tmp_path))
     pixels = encoder.preprocess(noise(1))
     expected = whole.vision_model(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(encoder(pixels), expected, **CLOSE)
+
+
+def test_the_vision_half_of_a_whole_siglip(tmp_path):
+    text = SiglipTextConfig(
+        vocab_size=50,
+        hidden_size=20,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+    )
+    vision = small_models.vision_config(SiglipVisionConfig)
+    torch.manual_seed(0)
+    whole = SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval()
+    whole.save_pretrained(tmp_path)
+    encoder = load_image_encoder(str(tmp_path))
+    assert encoder.num_prefix_tokens == 0 and encoder.num_features == 9
+    pixels = encoder.preprocess(noise(1))
+    expected = whole.vision_model(pixel_values=pixels).last_hidden_state
+    torch.testing.assert_close(encoder(pixels), expected, **CLOSE)
+
+
+def test_any_other_vision_tower(tmp_path):
+    torch.manual_seed(0)
+    theirs = ViTModel(small_models.vision_config(ViTConfig)).eval()
+    theirs.save_pretrained(tmp_path)
+    encoder = load_image_encoder(str(tmp_path))
+    pixels = encoder.preprocess(noise(1))
+    expected = theirs(pixel_values=pixels).last_hidden_state
     torch.testing.assert_close(encoder(pixels), expected, **CLOSE)
 
 

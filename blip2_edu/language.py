@@ -79,8 +79,10 @@ class LanguageModel(nn.Module):
         """Put each soft prompt into its prompt: embeddings (B, L, E) and their mask (B, L).
 
         soft_prompt (B, Q, E). Shorter prompts are padded on the left, so that the text that follows
-        starts right behind every one of them.
+        starts right behind every one of them; those of an encoder on the right, for many an encoder
+        counts positions from the first vector on, padding or not.
         """
+        side = "right" if self.is_encoder_decoder else "left"
         dtype = self.network.get_input_embeddings().weight.dtype
         rows = []
         for vectors, prompt in zip(soft_prompt.to(dtype), prompts, strict=True):
@@ -89,11 +91,9 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"the prompt {prompt!r} has no {IMAGE} to put the image in")
             words = self.embed(self.token_ids(before)), self.embed(self.token_ids(after, True))
             rows.append(torch.cat([words[0], vectors, words[1]]))  # (L of this prompt, E)
-        embeddings = pad_sequence(rows, batch_first=True, padding_side="left")
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        places = torch.arange(embeddings.shape[1], device=self.device)
-        mask = places[None, :] >= embeddings.shape[1] - lengths[:, None]
-        return embeddings, mask.long()
+        real = [torch.ones(len(row), dtype=torch.long, device=self.device) for row in rows]
+        embeddings, mask = (pad_sequence(x, True, padding_side=side) for x in (rows, real))
+        return embeddings, mask
 
     def label_ids(self, texts: list[str]) -> Tensor:
         """Texts -> token ids (B, T), each closed by the end token; -100 behind it."""

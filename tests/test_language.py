@@ -120,15 +120,18 @@ def test_the_end_is_the_tokenizers_own_unless_told():
     assert small_models.language_model("llama").end_token == small_models.END
 
 
-def test_prompts_are_padded_on_the_left(model):
+def test_prompts_are_padded_where_it_does_no_harm(model):
+    """On the left, where a text follows; in an encoder on the right."""
     soft = soft_prompts(3)
     embeddings, mask = model.embed_prompts(soft, PROMPTS)
     lengths = mask.sum(dim=1)
     assert embeddings.shape[:2] == mask.shape and embeddings.shape[1] == lengths.max()
     for i, length in enumerate(lengths):
-        assert mask[i].tolist() == [0] * (mask.shape[1] - length) + [1] * length
+        padding, ones = [0] * (mask.shape[1] - length), [1] * length
+        encoder = model.is_encoder_decoder
+        assert mask[i].tolist() == (ones + padding if encoder else padding + ones)
         alone, _ = model.embed_prompts(soft[i : i + 1], PROMPTS[i : i + 1])
-        assert torch.equal(embeddings[i, -length:], alone[0])
+        assert torch.equal(embeddings[i, :length] if encoder else embeddings[i, -length:], alone[0])
 
 
 def test_what_the_tokenizer_adds_stands_behind_the_image():

@@ -124,53 +124,47 @@ def test_a_vision_tower_equals_transformers(kind, tmp_path):
     assert encoder.num_features == expected.shape[1] == 10
 
 
-def test_the_vision_half_of_a_whole_clip(tmp_path):
-    text = CLIPTextConfig(
-        vocab_size=50,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-    )
-    vision = small_models.vision_config(CLIPVisionConfig)
-    torch.manual_seed(0)
-    whole = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
-    whole.save_pretrained(tmp_path)
-    encoder = load_image_encoder(str(tmp_path))
+def same_features(encoder: ImageEncoder, theirs: nn.Module) -> None:
     pixels = encoder.preprocess(noise(1))
-    expected = whole.vision_model(pixel_values=pixels).last_hidden_state
+    expected = theirs(pixel_values=pixels).last_hidden_state
     torch.testing.assert_close(encoder(pixels), expected, **CLOSE)
 
 
+TEXT_SIDE = {
+    "vocab_size": 50,
+    "hidden_size": 20,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 8,
+}
+
+
+def test_the_vision_half_of_a_whole_clip(tmp_path):
+    vision = small_models.vision_config(CLIPVisionConfig)
+    text = CLIPTextConfig(**TEXT_SIDE)
+    torch.manual_seed(0)
+    whole = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    whole.save_pretrained(tmp_path)
+    same_features(load_image_encoder(str(tmp_path)), whole.vision_model)
+
+
 def test_the_vision_half_of_a_whole_siglip(tmp_path):
-    text = SiglipTextConfig(
-        vocab_size=50,
-        hidden_size=20,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-    )
     vision = small_models.vision_config(SiglipVisionConfig)
+    text = SiglipTextConfig(**TEXT_SIDE)
     torch.manual_seed(0)
     whole = SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).eval()
     whole.save_pretrained(tmp_path)
     encoder = load_image_encoder(str(tmp_path))
     assert encoder.num_prefix_tokens == 0 and encoder.num_features == 9
-    pixels = encoder.preprocess(noise(1))
-    expected = whole.vision_model(pixel_values=pixels).last_hidden_state
-    torch.testing.assert_close(encoder(pixels), expected, **CLOSE)
+    same_features(encoder, whole.vision_model)
 
 
 def test_any_other_vision_tower(tmp_path):
     torch.manual_seed(0)
     theirs = ViTModel(small_models.vision_config(ViTConfig)).eval()
     theirs.save_pretrained(tmp_path)
-    encoder = load_image_encoder(str(tmp_path))
-    pixels = encoder.preprocess(noise(1))
-    expected = theirs(pixel_values=pixels).last_hidden_state
-    torch.testing.assert_close(encoder(pixels), expected, **CLOSE)
+    same_features(load_image_encoder(str(tmp_path)), theirs)
 
 
 def test_clip_pixels(clip):

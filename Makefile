@@ -20,7 +20,7 @@ demo: setup ## caption IMAGE=photo.jpg, or the course's own photos
 	$(RUN) -m blip2_edu caption $${IMAGE:+"$$IMAGE"} --attention attention.png
 
 app: setup ## serve the live demo as a page of its own
-	$(RUN) -m voila blip2_edu/app.ipynb
+	$(RUN) -m voila blip2_edu/app/app.ipynb
 
 test: export HF_HUB_OFFLINE = 1
 test: lint ## run all tests and all lessons, offline

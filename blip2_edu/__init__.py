@@ -1,23 +1,33 @@
 """BLIP-2 step by step: a small package whose Q-Former is the real one.
 
-Importing it is quick: what is heavy is imported by the module that uses it.
+`from blip2_edu import Blip2, QFormer, QFormerConfig, demo` works; importing the package alone is
+quick, for what is heavy is imported when it is first asked for.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blip2_edu.app.widgets import demo
+    from blip2_edu.blip2 import Blip2
+    from blip2_edu.qformer import QFormer, QFormerConfig
+
 __version__ = "0.1.0"
+__all__ = ["Blip2", "QFormer", "QFormerConfig", "demo"]
+
+_HOME = {
+    "Blip2": "blip2_edu.blip2",
+    "QFormer": "blip2_edu.qformer",
+    "QFormerConfig": "blip2_edu.qformer",
+    "demo": "blip2_edu.app.widgets",
+}
 
 
-class UserError(Exception):
-    """Something that a user can mend; the message is one sentence that says how."""
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
 
 
-def demo(checkpoint: str = "mini"):
-    """The live demo as a widget, for a notebook; checkpoint as for `Blip2.from_pretrained`.
-
-    One at a time: a cell that is run again closes the demo it made before, model and all.
-    """
-    from blip2_edu import widgets
-
-    if widgets.current is not None:
-        widgets.current.close()
-    widgets.current = widgets.Demo(checkpoint)
-    return widgets.current
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

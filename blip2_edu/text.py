@@ -8,8 +8,8 @@ import torch
 from tokenizers import Tokenizer as WordPieces
 from torch import Tensor
 
-from blip2_edu.checkpoints import save_json
-from blip2_edu.weights import WeightsError
+from blip2_edu.checkpoints.tensors import save_json
+from blip2_edu.errors import WeightsError
 
 MAX_TOKENS = 32  # as in LAVIS; the longest caption of a photograph is rarely over 25
 

@@ -18,13 +18,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from blip2_edu.weights import (
-    WeightsError,
-    checkpoint_folder,
-    embedded_file,
-    load_whole,
-    loading,
-)
+from blip2_edu.checkpoints.embedded import embedded_file
+from blip2_edu.checkpoints.published import checkpoint_folder, load_whole, loading
+from blip2_edu.errors import WeightsError
 
 IMAGE_SIZE = 224
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import small_models
 import torch
+from helpers import small_models
+from helpers.samples import randomise
 from PIL import Image
-from samples import randomise
 from test_vision import state_hash
 from transformers import Blip2Config as TheirConfig
 from transformers import Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig
 
 from blip2_edu import blip2
 from blip2_edu.blip2 import Blip2, Blip2Config, Prompts, learned_state
+from blip2_edu.errors import WeightsError
 from blip2_edu.images import ImageError
 from blip2_edu.training import TrainingConfig, parameter_groups
-from blip2_edu.weights import WeightsError
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 SHORT = {"max_new_tokens": 6}

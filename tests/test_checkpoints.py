@@ -8,28 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import small_models
 import torch
-from reference import generation_model, retrieval_model
+from helpers import small_models
+from helpers.reference import generation_model, retrieval_model
+from helpers.samples import random_image, random_qformer, random_stage1, random_text, randomise
 from safetensors import SafetensorError
-from samples import random_image, random_qformer, random_stage1, random_text, randomise
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from blip2_edu import checkpoints
-from blip2_edu.checkpoints import (
+from blip2_edu.checkpoints import tensors
+from blip2_edu.checkpoints.embedded import embedded_file
+from blip2_edu.checkpoints.names import (
     from_lavis,
     from_transformers,
     initialise_from_bert,
-    load_strictly,
-    load_tensors,
-    save_tensors,
     to_lavis,
     to_transformers,
 )
+from blip2_edu.checkpoints.tensors import load_strictly, load_tensors, save_tensors
+from blip2_edu.errors import WeightsError
 from blip2_edu.qformer import QFormer, QFormerConfig
 from blip2_edu.stage1 import save_stage1
-from blip2_edu.weights import WeightsError, embedded_file
 
 TINY = QFormerConfig.tiny()
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -89,7 +88,7 @@ def test_an_error_half_way_leaves_the_old_file(file, monkeypatch, error):
         Path(path).write_bytes(b"half a file")
         raise error
 
-    monkeypatch.setattr(checkpoints, "save_file", half)
+    monkeypatch.setattr(tensors, "save_file", half)
     with pytest.raises(WeightsError) as caught:
         save_tensors(NEW, file)
     assert str(file) in one_sentence(caught) and str(error) in str(caught.value)
@@ -117,14 +116,14 @@ def test_a_kill_leaves_the_old_file_and_the_next_save_cleans_up(file):
     script = f"""
 import os, signal
 from pathlib import Path
-from blip2_edu import checkpoints
+from blip2_edu.checkpoints import tensors
 
-def die(tensors, path, metadata):
+def die(state, path, metadata):
     Path(path).write_bytes(b"half a file")
     os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoints.save_file = die
-checkpoints.save_tensors({{}}, Path({str(file)!r}))
+tensors.save_file = die
+tensors.save_tensors({{}}, Path({str(file)!r}))
 """
     run = subprocess.run([sys.executable, "-c", script])
     assert run.returncode == -signal.SIGKILL

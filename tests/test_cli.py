@@ -11,17 +11,19 @@ from pathlib import Path
 
 import datasets
 import pytest
-import small_models
-import tiny
 import torch
+from helpers import small_models, tiny
+from helpers.samples import random_stage1
 from PIL import Image
-from samples import random_stage1
 from torch.testing import assert_close
 
-from blip2_edu import blip2, cli, data, doctor, evaluation, language, training, vision, weights
-from blip2_edu.checkpoints import load_tensors
-from blip2_edu.cli import main
-from blip2_edu.cli_train import blip2_from_stage1
+from blip2_edu import blip2, evaluation, language, training, vision
+from blip2_edu.app import cli, doctor
+from blip2_edu.app.cli import main
+from blip2_edu.app.train import blip2_from_stage1
+from blip2_edu.checkpoints import embedded, published
+from blip2_edu.checkpoints.tensors import load_tensors
+from blip2_edu.data import examples, features
 from blip2_edu.stage1 import save_stage1
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +48,7 @@ def photo(tmp_path) -> str:
 def place(tmp_path, monkeypatch):
     """Nothing is read from or written to the course's own folders, nor looked up on the hub."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(data, "CACHE_FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -73,7 +75,7 @@ def fails(capsys, *arguments: str, code: int = 1) -> str:
 
 def test_help_is_quick_because_nothing_heavy_is_imported():
     program = (
-        "import sys; from blip2_edu.cli import main; code = main(['train', 'stage2', '--help']);"
+        "import sys; from blip2_edu.app import cli; code = cli.main(['train', 'stage2', '--help']);"
         "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'matplotlib', 'numpy', 'PIL'};"
         "print(code, sorted(heavy & set(sys.modules)))"
     )
@@ -307,7 +309,7 @@ def test_ctrl_c_stops_with_one_line(tmp_path):
         # What a shell starts in the background ignores SIGINT, and its children inherit that.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT});"
-        "import sys, time; from blip2_edu import cli; cli.load_model = lambda name: ("
+        "import sys, time; from blip2_edu.app import cli; cli.load_model = lambda name: ("
         "print('ready', flush=True), time.sleep(60));"
         "sys.exit(cli.main(['caption', 'images/astronaut.jpg']))"
     )
@@ -370,7 +372,7 @@ def small(monkeypatch, tmp_path):
     def start(num_queries, image_width):
         return tiny.stage1(), tiny.tokenizer(tmp_path), {"qformer.norm.weight"}
 
-    monkeypatch.setattr("blip2_edu.cli_train.stage1_from_minilm", start)
+    monkeypatch.setattr("blip2_edu.app.train.stage1_from_minilm", start)
     return whole
 
 
@@ -454,7 +456,9 @@ def test_training_that_cannot_start(capsys, small, command, words):
 
 def test_data_without_what_is_learned(capsys, small, monkeypatch):
     monkeypatch.setattr(
-        data, "load_examples", lambda *arguments: data.Examples([{}] * 2, [[]] * 2, [[]] * 2)
+        examples,
+        "load_examples",
+        lambda *arguments: examples.Examples([{}] * 2, [[]] * 2, [[]] * 2),
     )
     assert fails(capsys, *STAGE1) == "scenes:4 has no captions."
     sentence = fails(capsys, *STAGE2, "--without-stage1", "--questions", "scenes:4")
@@ -495,17 +499,17 @@ def test_options_reach_the_configuration(capsys, small, monkeypatch, tmp_path):
 def test_weights(capsys, monkeypatch, tmp_path):
     mini = tmp_path / "data" / "checkpoints" / "mini"
     mini.mkdir(parents=True)
-    monkeypatch.setattr(weights, "ROOT", tmp_path)
+    monkeypatch.setattr(published, "CHECKPOINTS", tmp_path)
     code, out, _ = run(capsys, "weights")
     assert code == 1 and "PROBLEM  mini" in out  # a folder with nothing in it
     (mini / "config.json").write_text("{}")
     digest = hashlib.sha256(b"{}").hexdigest()
     (mini / "SHA256SUMS").write_text(f"{digest}  config.json\n")
     code, out, _ = run(capsys, "weights")
-    assert code == 0 and weights.INSTALL in out
+    assert code == 0 and embedded.INSTALL in out
     assert [line.split()[0] for line in out.splitlines()[:4]] == ["ok"] * 4
-    absent = vars(weights.EMBEDDED["minilm-l6"]) | {"package": "no_such_package"}
-    monkeypatch.setitem(weights.EMBEDDED, "minilm-l6", weights.EmbeddedFile(**absent))
+    absent = vars(embedded.EMBEDDED["minilm-l6"]) | {"package": "no_such_package"}
+    monkeypatch.setitem(embedded.EMBEDDED, "minilm-l6", embedded.EmbeddedFile(**absent))
     code, out, _ = run(capsys, "weights")
     assert code == 1 and "PROBLEM  minilm-l6" in out
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from lessons import LESSONS, NOTEBOOKS
+from helpers.lessons import LESSONS, NOTEBOOKS
 
 MAP = (NOTEBOOKS / "README.md").read_text()
 NOTES = (NOTEBOOKS / "INSTRUCTOR.md").read_text()

@@ -10,22 +10,15 @@ import datasets
 import fsspec
 import numpy as np
 import pytest
-import tiny
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
+from helpers import tiny
 from PIL import Image, ImageOps
 
-from blip2_edu import data
-from blip2_edu.data import (
-    DataError,
-    Examples,
-    FeatureCache,
-    load_examples,
-    open_features,
-    tidy,
-    view_of,
-)
+from blip2_edu.data import features
+from blip2_edu.data.examples import DataError, Examples, load_examples, tidy
+from blip2_edu.data.features import FeatureCache, open_features, view_of
 from blip2_edu.images import ImageError
 from blip2_edu.vision import ImageEncoder
 
@@ -58,7 +51,7 @@ def parquet(folder, columns: dict, types: dict, images: list | None = None) -> s
 @pytest.fixture(autouse=True)
 def no_litter(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setattr(data, "CACHE_FOLDER", tmp_path / "cache")
+    monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
 
 
 # Data sets ---------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from samples import random_image, random_stage1, random_text
+from helpers.samples import random_image, random_stage1, random_text
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from blip2_edu import doctor, hardware, weights
+from blip2_edu.app import doctor, hardware
+from blip2_edu.checkpoints import embedded, published
 
 
 def sums(folder) -> str:
@@ -28,7 +29,7 @@ def mini(tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps({"format": 1}))
     save_file({"queries": torch.zeros(32, 384)}, folder / "stage2.safetensors")
     (folder / "SHA256SUMS").write_text(sums(folder))
-    monkeypatch.setattr(weights, "ROOT", tmp_path)
+    monkeypatch.setattr(published, "CHECKPOINTS", tmp_path)
     return folder
 
 
@@ -41,9 +42,9 @@ def examine(capsys) -> tuple[int, dict[str, str], list[str]]:
 
 
 def missing_package(monkeypatch, name: str) -> None:
-    entry = weights.EMBEDDED[name]
+    entry = embedded.EMBEDDED[name]
     absent = {**vars(entry), "package": "no_such_package"}
-    monkeypatch.setitem(weights.EMBEDDED, name, weights.EmbeddedFile(**absent))
+    monkeypatch.setitem(embedded.EMBEDDED, name, embedded.EmbeddedFile(**absent))
 
 
 def test_all_is_well(capsys):
@@ -59,25 +60,25 @@ def test_missing_weights(capsys, monkeypatch):
     missing_package(monkeypatch, "smollm2-135m")
     code, values, faults = examine(capsys)
     assert (code, faults) == (1, ["smollm2-135m"])
-    assert weights.INSTALL in values["smollm2-135m"]
+    assert embedded.INSTALL in values["smollm2-135m"]
     assert values["Runs here"] == "train stage1"
 
 
 def test_damaged_weights(capsys, monkeypatch):
-    entry = weights.EMBEDDED["minilm-l6"]
+    entry = embedded.EMBEDDED["minilm-l6"]
     expected = {**vars(entry), "sha256": "0" * 64}
-    monkeypatch.setitem(weights.EMBEDDED, "minilm-l6", weights.EmbeddedFile(**expected))
+    monkeypatch.setitem(embedded.EMBEDDED, "minilm-l6", embedded.EmbeddedFile(**expected))
     code, values, faults = examine(capsys)
     assert (code, faults) == (1, ["minilm-l6"])
     assert "damaged" in values["minilm-l6"] and "train stage1" not in values["Runs here"]
 
 
 def test_every_fault_has_its_line(capsys, monkeypatch, mini):
-    for name in weights.EMBEDDED:
+    for name in embedded.EMBEDDED:
         missing_package(monkeypatch, name)
     shutil.rmtree(mini)
     code, values, faults = examine(capsys)
-    assert (code, faults) == (1, [*weights.EMBEDDED, "mini"])
+    assert (code, faults) == (1, [*embedded.EMBEDDED, "mini"])
     assert values["Runs here"] == "nothing yet"
 
 

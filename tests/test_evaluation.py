@@ -4,23 +4,20 @@ import random
 from itertools import product
 
 import pytest
-import tiny
 import torch
+from helpers import tiny
 from sacrebleu.metrics import BLEU
 
 from blip2_edu import evaluation
-from blip2_edu.evaluation import (
+from blip2_edu.evaluation import images_per_second, rerank, retrieval, writing_scores
+from blip2_edu.metrics import (
     blind_answers,
     caption_scores,
-    images_per_second,
     normalise_answer,
     plain,
     pointing_game,
-    rerank,
-    retrieval,
     retrieval_scores,
     vqa_accuracy,
-    writing_scores,
 )
 from blip2_edu.objectives import itc_similarity
 

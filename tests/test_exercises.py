@@ -9,7 +9,7 @@ import re
 
 import nbformat
 import pytest
-from lessons import LESSONS, SOLUTIONS, code_cells, definitions
+from helpers.lessons import LESSONS, SOLUTIONS, code_cells, definitions
 
 from blip2_edu.exercises import Verdict, attempted, exercise, expect
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from blip2_edu.folders import HEADER, TableError, caption_folder
+from blip2_edu.app.folders import HEADER, TableError, caption_folder
 
 PHOTOS = Path(__file__).parents[1] / "images"
 
@@ -117,7 +117,7 @@ def test_another_file_is_not_written_into(folder, tmp_path, content):
 
 
 def test_real_photos_are_captioned_by_the_command(tmp_path, capsys):
-    from blip2_edu.cli import main
+    from blip2_edu.app.cli import main
 
     for name in ("cow.jpg", "horses.jpg"):
         shutil.copy(PHOTOS / name, tmp_path)

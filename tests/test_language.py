@@ -1,15 +1,15 @@
 """The frozen language models, against themselves: one text at a time, whole sequences, no cache."""
 
 import pytest
-import small_models
 import torch
+from helpers import small_models
 from safetensors.torch import load_file, save_file
 from test_vision import state_hash
 from torch import Tensor, nn
 from transformers import BloomConfig, FalconConfig
 
+from blip2_edu.errors import WeightsError
 from blip2_edu.language import IMAGE, LanguageModel, load_language_model, split_prefix
-from blip2_edu.weights import WeightsError
 
 PROMPTS = [f"see {IMAGE}:", f"{IMAGE}", f"a longer one {IMAGE} and more behind:"]
 TEXTS = ["a dog", "", "two cats on a mat", "x", "a man in red", "snow"]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lessons import NOTEBOOKS, definitions
+from helpers.lessons import NOTEBOOKS, definitions
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 

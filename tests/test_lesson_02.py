@@ -4,12 +4,12 @@ from copy import deepcopy
 
 import pytest
 import torch
-from lessons import NOTEBOOKS, definitions
+from helpers.lessons import NOTEBOOKS, definitions
 from torch import nn
 from torch.nn import functional as F
 
+from blip2_edu.paths import ROOT
 from blip2_edu.vision import ImageEncoder, load_image_encoder
-from blip2_edu.weights import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from lessons import NOTEBOOKS, definitions
+from helpers.lessons import NOTEBOOKS, definitions
 from torch import nn
 
+from blip2_edu.data.scenes import COLORS, KINDS, Scene, Shape, draw_scene
 from blip2_edu.qformer import QFormer
-from blip2_edu.scenes import COLORS, KINDS, Scene, Shape, draw_scene
 
 LESSON = definitions(NOTEBOOKS / "03_query_tokens.ipynb")
 B, N, W, Q, D = 3, 5, 6, 4, 8

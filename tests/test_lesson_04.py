@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from lessons import NOTEBOOKS, definitions
-from samples import random_image, random_qformer, random_text, randomise
+from helpers.lessons import NOTEBOOKS, definitions
+from helpers.samples import random_image, random_qformer, random_text, randomise
 from torch import nn
 
 from blip2_edu.qformer import QFormer, QFormerConfig, joint_mask

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from lessons import NOTEBOOKS, definitions
-from samples import random_image, random_stage1, random_text
+from helpers.lessons import NOTEBOOKS, definitions
+from helpers.samples import random_image, random_stage1, random_text
 from torch.nn.functional import normalize
 
 from blip2_edu.objectives import itc_loss, itc_similarity

@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lessons import NOTEBOOKS, SOLUTIONS, code_cells, definitions
+from helpers.lessons import NOTEBOOKS, SOLUTIONS, code_cells, definitions
 
-from blip2_edu.evaluation import rerank, retrieval_scores
+from blip2_edu.data.scenes import OPPOSITE, draw_scene, swapped_captions
+from blip2_edu.evaluation import rerank
+from blip2_edu.metrics import retrieval_scores
 from blip2_edu.objectives import itc_similarity, sample_hard_negatives
 from blip2_edu.qformer import QFormerConfig
-from blip2_edu.scenes import OPPOSITE, draw_scene, swapped_captions
 from blip2_edu.stage1 import Blip2Stage1, Stage1Config
 from blip2_edu.vision import load_image_encoder
 

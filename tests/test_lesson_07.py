@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from lessons import NOTEBOOKS, definitions
-from samples import random_qformer, random_stage1, random_text
+from helpers.lessons import NOTEBOOKS, definitions
+from helpers.samples import random_qformer, random_stage1, random_text
 from torch.nn.functional import cross_entropy
 
 from blip2_edu.objectives import itg_loss

@@ -8,21 +8,16 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-import tiny
 import torch
 import typer
-from lessons import NOTEBOOKS, definitions
+from helpers import tiny
+from helpers.lessons import NOTEBOOKS, definitions
 
-from blip2_edu.cli_train import train as train_command
+from blip2_edu.app.train import train as train_command
+from blip2_edu.data.batches import Source
 from blip2_edu.objectives import itc_similarity
 from blip2_edu.stage1 import OBJECTIVES
-from blip2_edu.training import (
-    Source,
-    TrainingConfig,
-    learning_rate_factor,
-    parameter_groups,
-    train_stage1,
-)
+from blip2_edu.training import TrainingConfig, learning_rate_factor, parameter_groups, train_stage1
 
 PATH = NOTEBOOKS / "08_stage1_training.ipynb"
 TEXTS = ["a dog on the grass", "the red car", "a cat sits", "a blue bird in snow"]

@@ -1,7 +1,7 @@
 """Lesson 09: what its notebook defines, against independent ways to compute it."""
 
 import torch
-from lessons import NOTEBOOKS, SOLUTIONS, definitions
+from helpers.lessons import NOTEBOOKS, SOLUTIONS, definitions
 from torch.nn.utils.rnn import pad_sequence
 
 from blip2_edu.language import positions

@@ -1,9 +1,9 @@
 """What lesson 10 defines, against the package and transformers, so that they cannot drift apart."""
 
 import pytest
-import small_models
 import torch
-from lessons import NOTEBOOKS, SOLUTIONS, definitions
+from helpers import small_models
+from helpers.lessons import NOTEBOOKS, SOLUTIONS, definitions
 from transformers import TopPLogitsWarper
 
 LESSON = definitions(NOTEBOOKS / "10_stage2_training.ipynb")

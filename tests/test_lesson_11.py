@@ -4,16 +4,16 @@ import copy
 from types import SimpleNamespace
 
 import pytest
-import small_models
 import torch
-from lessons import NOTEBOOKS, SOLUTIONS, definitions
+from helpers import small_models
+from helpers.lessons import NOTEBOOKS, SOLUTIONS, definitions
 from PIL import Image
 from torch import nn
 
 from blip2_edu.blip2 import Blip2
-from blip2_edu.evaluation import pointing_game
-from blip2_edu.scenes import KINDS
-from blip2_edu.visualize import match_relevance
+from blip2_edu.data.scenes import KINDS
+from blip2_edu.metrics import pointing_game
+from blip2_edu.seeing import match_relevance
 
 LESSON = definitions(NOTEBOOKS / "11_seeing_attention.ipynb")
 SOLVED = definitions(SOLUTIONS / "11_seeing_attention.ipynb")
@@ -130,7 +130,7 @@ def test_the_words_of_a_scene():
 
 def test_rollout_as_solved_equals_the_packages(model):
     """In the tiny model every second block looks, so its other blocks look at nothing."""
-    from blip2_edu.visualize import attention_rollout
+    from blip2_edu.seeing import attention_rollout
 
     blind = copy.deepcopy(model)
     blind.qformer.layers = nn.ModuleList([model.qformer.layers[0]])

@@ -2,7 +2,7 @@
 
 import io
 
-from lessons import NOTEBOOKS, definitions
+from helpers.lessons import NOTEBOOKS, definitions
 from PIL import Image
 
 

@@ -6,7 +6,7 @@ from copy import deepcopy
 
 import nbformat
 import pytest
-from lessons import LESSONS
+from helpers.lessons import LESSONS
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 

@@ -5,16 +5,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-import small_models
-import tiny
 import torch
-from reference import retrieval_model
-from samples import random_image, random_qformer, random_text
+from helpers import small_models, tiny
+from helpers.reference import retrieval_model
+from helpers.samples import random_image, random_qformer, random_text
 from torch import Tensor, nn
 from transformers import Blip2QFormerModel, OPTForCausalLM
 
 from blip2_edu.blip2 import Blip2, Blip2Config
-from blip2_edu.checkpoints import from_transformers, load_strictly
+from blip2_edu.checkpoints.names import from_transformers
+from blip2_edu.checkpoints.tensors import load_strictly
 from blip2_edu.language import LanguageModel
 from blip2_edu.qformer import QFormer, QFormerConfig, QFormerOutput, joint_mask
 from blip2_edu.stage1 import Blip2Stage1, Stage1Config

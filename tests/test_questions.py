@@ -2,8 +2,8 @@
 
 import pytest
 
-from blip2_edu.data import QUESTION, Examples
-from blip2_edu.questions import THINGS, questions_from_captions, with_questions
+from blip2_edu.data.examples import QUESTION, Examples
+from blip2_edu.data.questions import THINGS, questions_from_captions, with_questions
 
 DOG = [
     "A brown dog runs along a beach .",

@@ -8,8 +8,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from blip2_edu import scenes
-from blip2_edu.scenes import COLORS, KINDS, OPPOSITE, draw_scene, relation, swapped_captions
+from blip2_edu.data import scenes
+from blip2_edu.data.scenes import COLORS, KINDS, OPPOSITE, draw_scene, relation, swapped_captions
 
 SEEDS = range(300)
 

@@ -8,20 +8,15 @@ import copy
 
 import numpy as np
 import pytest
-import small_models
 import torch
+from helpers import small_models
 from PIL import Image
 from test_blip2 import published
 
 from blip2_edu.blip2 import Blip2
+from blip2_edu.errors import WeightsError
 from blip2_edu.images import ImageError
-from blip2_edu.visualize import (
-    attention_rollout,
-    match_attention,
-    match_relevance,
-    word_attention,
-)
-from blip2_edu.weights import WeightsError
+from blip2_edu.seeing import attention_rollout, match_attention, match_relevance, word_attention
 
 PHOTOS = [
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (30, 50, 3), dtype=np.uint8))
@@ -148,7 +143,7 @@ def test_looking_leaves_the_model_as_it_was(model):
 
 
 def test_nothing_stays_attached_when_it_goes_wrong(model, monkeypatch):
-    monkeypatch.setattr("blip2_edu.visualize._weigh_by_gradient", lambda *_: 1 / 0)
+    monkeypatch.setattr("blip2_edu.seeing._weigh_by_gradient", lambda *_: 1 / 0)
     hooks_before = hooks(model)
     with pytest.raises(ZeroDivisionError):
         match_attention(model, PHOTOS, TEXTS)

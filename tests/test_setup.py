@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import blip2_edu
-from blip2_edu.weights import EMBEDDED, INSTALL
+from blip2_edu.checkpoints.embedded import EMBEDDED, INSTALL
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import retrieval_model
-from samples import random_image, random_stage1, random_text
+from helpers.reference import retrieval_model
+from helpers.samples import random_image, random_stage1, random_text
 from test_qformer import CONFIGS
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from blip2_edu.checkpoints import from_transformers, load_strictly, to_transformers
+from blip2_edu.checkpoints.names import from_transformers, to_transformers
+from blip2_edu.checkpoints.tensors import load_strictly
 from blip2_edu.objectives import itc_similarity
 from blip2_edu.qformer import QFormerConfig
 from blip2_edu.stage1 import Blip2Stage1, Stage1Config

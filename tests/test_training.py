@@ -13,15 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import small_models
-import tiny
 import torch
+from helpers import small_models, tiny
 from torch import Tensor, nn
 
-from blip2_edu.checkpoints import load_tensors
+from blip2_edu.checkpoints.tensors import load_tensors
+from blip2_edu.data.batches import Mixture, Source
 from blip2_edu.training import (
-    Mixture,
-    Source,
     TrainingConfig,
     TrainingError,
     fit,
@@ -126,7 +124,7 @@ import sys
 from pathlib import Path
 from accelerate.state import AcceleratorState
 from blip2_edu import training
-import tiny
+from helpers import tiny
 training.native_bfloat16 = lambda device: True
 tiny.run_stage1(Path(sys.argv[1]) / "run", epochs=1)
 print(AcceleratorState().mixed_precision)
@@ -405,10 +403,10 @@ def test_killed_at_any_moment_it_goes_on_as_if_never_stopped(tmp_path, monkeypat
     seed = random.randrange(10**6)
     draw = random.Random(seed)
     # A server that has imported everything forks the runs: starting one costs milliseconds.
-    places = [str(Path(tiny.__file__).parent), str(Path(__file__).parents[1])]
+    places = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["small_models"])
+    processes.set_forkserver_preload(["helpers.small_models"])
 
     def start(folder: str, resume: bool):
         process = processes.Process(target=train, args=(tmp_path / folder, resume))

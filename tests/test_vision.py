@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
-import small_models
 import torch
+from helpers import small_models
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -23,9 +23,10 @@ from transformers import (
     ViTModel,
 )
 
+from blip2_edu.errors import WeightsError
 from blip2_edu.images import open_image
+from blip2_edu.paths import ROOT
 from blip2_edu.vision import CLIP_MEAN, CLIP_STD, ImageEncoder, load_image_encoder
-from blip2_edu.weights import ROOT, WeightsError
 
 EGYPTIAN_CAT = 285
 CLOSE = {"atol": 1e-5, "rtol": 0}

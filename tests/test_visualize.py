@@ -5,20 +5,20 @@ import io
 import matplotlib as mpl
 import numpy as np
 import pytest
-import small_models
 import torch
+from helpers import small_models
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from blip2_edu.blip2 import Blip2
 from blip2_edu.images import ImageError
+from blip2_edu.seeing import attention_maps
 from blip2_edu.visualize import (
     FROZEN,
     LEARNS,
     SIDE,
     architecture_figure,
     attention_figure,
-    attention_maps,
     count,
     gallery_figure,
     matrix_figure,

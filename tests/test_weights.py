@@ -9,8 +9,10 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from blip2_edu import weights
-from blip2_edu.weights import EMBEDDED, EmbeddedFile, WeightsError, checkpoint_folder, embedded_file
+from blip2_edu.checkpoints import embedded, published
+from blip2_edu.checkpoints.embedded import EMBEDDED, EmbeddedFile, embedded_file
+from blip2_edu.checkpoints.published import checkpoint_folder
+from blip2_edu.errors import WeightsError
 
 CONTENT = b"these are weights" * 1000
 
@@ -23,7 +25,7 @@ def fake(tmp_path, monkeypatch) -> Path:
     (package / "__init__.py").write_text("raise ImportError('must never be imported')")
     file = package / "model.bin"
     file.write_bytes(CONTENT)
-    sha256 = weights.hashlib.sha256(CONTENT).hexdigest()
+    sha256 = embedded.hashlib.sha256(CONTENT).hexdigest()
     entry = EmbeddedFile("fake", "1", package.name, file.name, sha256, len(CONTENT))
     monkeypatch.setitem(EMBEDDED, "fake", entry)
     monkeypatch.syspath_prepend(tmp_path)
@@ -63,7 +65,7 @@ def test_a_flipped_bit_is_found_even_after_a_good_check(fake):
     fake.write_bytes(damaged)
     with pytest.raises(WeightsError) as error:
         embedded_file("fake")
-    assert "damaged" in one_sentence(error) and weights.REPAIR in str(error.value)
+    assert "damaged" in one_sentence(error) and embedded.REPAIR in str(error.value)
 
 
 def test_a_truncated_file_is_damaged(fake):
@@ -74,7 +76,7 @@ def test_a_truncated_file_is_damaged(fake):
 
 def test_a_file_is_hashed_once(fake, monkeypatch):
     embedded_file("fake")
-    monkeypatch.setattr(weights.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr(embedded.hashlib, "file_digest", lambda *_: pytest.fail("hashed again"))
     assert embedded_file("fake") == fake
 
 
@@ -85,7 +87,7 @@ def test_missing_names_the_command(fake, what):
     with pytest.raises(WeightsError) as error:
         embedded_file("fake")
     assert "not installed" in one_sentence(error)
-    assert f"`{weights.INSTALL}`" in str(error.value)
+    assert f"`{embedded.INSTALL}`" in str(error.value)
 
 
 def test_unknown_name():
@@ -99,7 +101,7 @@ def test_checkpoint_folder_is_itself(tmp_path):
 
 
 def test_mini_is_in_the_course(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "ROOT", tmp_path)
+    monkeypatch.setattr(published, "CHECKPOINTS", tmp_path)
     with pytest.raises(WeightsError, match="git checkout") as error:
         checkpoint_folder("mini")
     one_sentence(error)

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 import blip2_edu
-from blip2_edu import widgets
-from blip2_edu.weights import ROOT
-from blip2_edu.widgets import Entry, history_csv, history_html
+from blip2_edu.app import widgets
+from blip2_edu.app.widgets import Entry, history_csv, history_html
+from blip2_edu.paths import ROOT
 
 COW = ROOT / "images" / "cow.jpg"
 MARKUP = "<img src=x onerror=alert(1)>"

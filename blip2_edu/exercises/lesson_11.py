@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from blip2_edu.evaluation import pointing_game
 from blip2_edu.exercises import exercise, expect, same
+from blip2_edu.metrics import pointing_game
 
 
 def uniform(*shape: int) -> Tensor:

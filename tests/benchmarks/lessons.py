@@ -13,7 +13,7 @@ import nbformat
 import psutil
 from nbconvert.preprocessors import CoalesceStreamsPreprocessor
 
-from blip2_edu.hardware import hardware_table
+from blip2_edu.app.hardware import hardware_table
 
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 MAP = NOTEBOOKS / "README.md"

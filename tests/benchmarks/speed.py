@@ -13,8 +13,8 @@ import torch
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from blip2_edu.blip2 import Blip2
+from blip2_edu.paths import ROOT
 from blip2_edu.qformer import QFormer, QFormerConfig
-from blip2_edu.weights import ROOT
 
 
 def median_seconds(work: Callable[[], object], runs: int = 5) -> float:

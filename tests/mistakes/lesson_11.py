@@ -2,7 +2,7 @@
 
 import torch
 
-from blip2_edu.evaluation import pointing_game
+from blip2_edu.metrics import pointing_game
 
 
 def fold(weights, rows):

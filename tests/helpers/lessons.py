@@ -6,7 +6,7 @@ from typing import Any
 
 import nbformat
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 LESSONS = sorted(NOTEBOOKS.glob("*.ipynb"))
 SOLUTIONS = NOTEBOOKS / "solutions"
 

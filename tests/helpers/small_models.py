@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import tiny
 import torch
-from samples import random_stage1, randomise
 from tokenizers import Tokenizer as Pieces
 from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -29,11 +27,14 @@ from transformers import (
 )
 
 from blip2_edu.blip2 import Blip2, Blip2Config, Prompts
-from blip2_edu.data import Examples
+from blip2_edu.data.batches import Mixture, Source
+from blip2_edu.data.examples import Examples
 from blip2_edu.language import LanguageModel
 from blip2_edu.qformer import QFormerConfig
-from blip2_edu.training import Mixture, Source, TrainingConfig, train_stage2
+from blip2_edu.training import TrainingConfig, train_stage2
 from blip2_edu.vision import ImageEncoder, load_image_encoder
+from helpers import tiny
+from helpers.samples import random_stage1, randomise
 
 QFORMER = QFormerConfig.tiny()  # reads features of width 20
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>")

@@ -7,7 +7,9 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
-from blip2_edu.weights import EMBEDDED, INSTALL, WeightsError, checkpoint_folder, embedded_file
+from blip2_edu.checkpoints.embedded import EMBEDDED, INSTALL, embedded_file
+from blip2_edu.checkpoints.published import checkpoint_folder
+from blip2_edu.errors import WeightsError
 
 NEEDS = {
     "caption": {"efficientnet-lite0", "smollm2-135m", "mini"},
@@ -84,7 +86,7 @@ def _library(wanted: Requirement) -> Check:
 
 
 def _hardware() -> list[Check]:
-    from blip2_edu.hardware import hardware_table  # needs torch, which may be missing
+    from blip2_edu.app.hardware import hardware_table
 
     return [Check(name, value) for name, value in hardware_table()]
 

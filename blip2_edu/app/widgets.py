@@ -21,9 +21,12 @@ import traitlets
 from PIL import Image
 
 from blip2_edu.blip2 import Blip2, load_fastest
+from blip2_edu.checkpoints.published import checkpoint_folder
+from blip2_edu.errors import WeightsError
 from blip2_edu.images import MAX_DOWNLOAD_BYTES, ImageError, open_image
-from blip2_edu.visualize import overlay, word_attention
-from blip2_edu.weights import ROOT, WeightsError, checkpoint_folder
+from blip2_edu.paths import ROOT
+from blip2_edu.seeing import word_attention
+from blip2_edu.visualize import overlay
 
 MAX_QUESTION = 200  # characters; a longer one is no question about a photo
 MAX_SENTENCES = 12
@@ -391,3 +394,15 @@ def data_url(image: Image.Image, side: int) -> str:
 
 def encode(data: str | bytes) -> str:
     return base64.b64encode(data.encode() if isinstance(data, str) else data).decode()
+
+
+def demo(checkpoint: str = "mini") -> Demo:
+    """The live demo as a widget, for a notebook; checkpoint as for `Blip2.from_pretrained`.
+
+    One at a time: a cell that is run again closes the demo it made before, model and all.
+    """
+    global current
+    if current is not None:
+        current.close()
+    current = Demo(checkpoint)
+    return current

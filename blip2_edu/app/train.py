@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blip2_edu.weights import embedded_file
+from blip2_edu.checkpoints.embedded import embedded_file
 
 if TYPE_CHECKING:
     from blip2_edu.blip2 import Blip2
-    from blip2_edu.data import Examples, FeatureCache
+    from blip2_edu.data.examples import Examples
+    from blip2_edu.data.features import FeatureCache
     from blip2_edu.stage1 import Blip2Stage1
     from blip2_edu.text import Tokenizer
     from blip2_edu.vision import ImageEncoder
@@ -110,9 +111,10 @@ def stage1(
     import torch
     from accelerate import PartialState
 
-    from blip2_edu.checkpoints import load_strictly, load_tensors
+    from blip2_edu.checkpoints.tensors import load_strictly, load_tensors
+    from blip2_edu.data.batches import Mixture, Source
     from blip2_edu.stage1 import load_stage1, save_stage1
-    from blip2_edu.training import Mixture, Source, TrainingConfig, train_stage1
+    from blip2_edu.training import TrainingConfig, train_stage1
     from blip2_edu.vision import load_image_encoder
 
     config = TrainingConfig(
@@ -227,10 +229,11 @@ def stage2(
     from accelerate import PartialState
 
     from blip2_edu.blip2 import Blip2, learned_state, load_learned
-    from blip2_edu.checkpoints import load_tensors
-    from blip2_edu.data import FeatureCache
-    from blip2_edu.questions import with_questions
-    from blip2_edu.training import Mixture, Source, TrainingConfig, train_stage2
+    from blip2_edu.checkpoints.tensors import load_tensors
+    from blip2_edu.data.batches import Mixture, Source
+    from blip2_edu.data.features import FeatureCache
+    from blip2_edu.data.questions import with_questions
+    from blip2_edu.training import TrainingConfig, train_stage2
 
     config = TrainingConfig(
         folder,
@@ -300,7 +303,8 @@ def read(
     """Examples and their features; raises DataError if they have none of what is needed."""
     from accelerate import PartialState
 
-    from blip2_edu.data import DataError, load_examples, open_features
+    from blip2_edu.data.examples import DataError, load_examples
+    from blip2_edu.data.features import open_features
 
     examples = load_examples(source, split, limit)
     if need and not any(getattr(examples, need)):
@@ -317,7 +321,8 @@ def stage1_from_minilm(
     """A stage-1 model that knows words and no images yet, and the names of what MiniLM gave."""
     from dataclasses import replace
 
-    from blip2_edu.checkpoints import initialise_from_bert, load_tensors
+    from blip2_edu.checkpoints.names import initialise_from_bert
+    from blip2_edu.checkpoints.tensors import load_tensors
     from blip2_edu.qformer import QFormerConfig
     from blip2_edu.stage1 import Blip2Stage1, Stage1Config
     from blip2_edu.text import Tokenizer

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from blip2_edu.data import Examples
+from blip2_edu.data.examples import Examples
 
 COLORS = (
     "black and white|brown and white|black|white|brown|red|blue|green|yellow|orange|pink|purple"

@@ -1,6 +1,5 @@
 """Tiny random models of transformers with the shapes of ours, to compare with."""
 
-from samples import randomise
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -11,6 +10,7 @@ from transformers import (
 )
 
 from blip2_edu.qformer import QFormerConfig
+from helpers.samples import randomise
 
 
 def transformers_config(config: QFormerConfig, projection_width: int = 16) -> Blip2Config:

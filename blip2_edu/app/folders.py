@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from blip2_edu import UserError
 from blip2_edu.blip2 import Blip2
-from blip2_edu.evaluation import batched
+from blip2_edu.data.batches import batched
+from blip2_edu.errors import UserError
 from blip2_edu.images import open_each
 
 HEADER = ["file", "caption", "problem"]

@@ -10,11 +10,13 @@ from tokenizers import Tokenizer as WordPieces
 from tokenizers import models, pre_tokenizers, processors
 from torch import nn
 
-from blip2_edu.data import Examples, FeatureCache
+from blip2_edu.data.batches import Source
+from blip2_edu.data.examples import Examples
+from blip2_edu.data.features import FeatureCache
 from blip2_edu.qformer import QFormerConfig
 from blip2_edu.stage1 import OBJECTIVES, Blip2Stage1, Stage1Config
 from blip2_edu.text import Tokenizer
-from blip2_edu.training import Source, TrainingConfig, train_stage1
+from blip2_edu.training import TrainingConfig, train_stage1
 from blip2_edu.vision import ImageEncoder
 
 WORDS = (

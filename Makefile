@@ -27,19 +27,24 @@ test: lint ## run all tests and all lessons, offline
 	$(RUN) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=120 \
 	    tests $(wildcard notebooks)
 
-lint: setup ## check the style of the code and of the lessons
+lint: setup ## check the style of the code and of the lessons, and the types of the code
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
+	$(RUN) -m ty check
 
 lessons: setup ## run all lessons, keep what they show, measure what they cost
 	$(RUN) tests/benchmarks/lessons.py
 
-lock: ## resolve pyproject.toml afresh into requirements.txt
+# For the oldest Python of pyproject.toml. Without CUDA: a torch that needs it brings its own.
+lock: ## bring requirements.txt up to pyproject.toml; UPGRADE=1 to the newest versions
 	$(PYTHON) -m venv --clear $(VENV)-lock
-	$(VENV)-lock/bin/python -m pip install --quiet -e ".[lab,dev,tensorboard]"
+	$(VENV)-lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	cp requirements.txt $(VENV)-lock/
+	$(VENV)-lock/bin/uv pip compile --quiet --no-header --no-annotate \
+	    --python-version 3.11 --python-platform linux --all-extras --group dev \
+	    $(if $(UPGRADE),--upgrade) --output-file $(VENV)-lock/requirements.txt pyproject.toml
 	{ echo "# Made by \`make lock\` from pyproject.toml; do not edit."; \
-	  $(VENV)-lock/bin/python -m pip freeze --all --exclude-editable --exclude pip \
-	  | sed -E 's/\+(cpu|cu[0-9]+)$$//' | grep -Ev '^(cuda|nvidia|triton)'; } > requirements.txt
+	  grep -Ev '^(cuda|nvidia|triton)' $(VENV)-lock/requirements.txt; } > requirements.txt
 	rm -rf $(VENV)-lock
 
 clean: ## remove .venv and all caches

@@ -72,6 +72,16 @@ class Attention(nn.Module):
         return self.output(rearrange(attended, "b h l c -> b l (h c)")), weights
 
 
+def select(
+    keys_values: list[KeysValues | None], rows: Tensor | slice | list[int]
+) -> list[KeysValues | None]:
+    """Keys and values of some rows of a batch, in every block that has them (the others have None).
+
+    rows  what indexes a first axis; a row may be taken many times, without being projected again
+    """
+    return [kv and (kv[0][rows], kv[1][rows]) for kv in keys_values]
+
+
 def append_keys_values(past: KeysValues | None, new: KeysValues) -> KeysValues:
     """Put new keys and values behind those already computed, along the length."""
     if past is None:

@@ -1,12 +1,12 @@
-"""The whole model: frozen image encoder, Q-Former, projection, frozen language model.
+"""The whole model: frozen image encoder, bridge, frozen language model.
 
-Axis letters: `B` images, `N` image features, `W` their width, `Q` queries, `D` width of the
-Q-Former, `E` width of a word embedding, `P` width of the space that images and texts share.
+Axis letters: `B` images, `N` image features, `W` their width, `Q` queries, `E` width of a word
+embedding, `T` texts, `P` width of the space that images and texts share.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +14,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from blip2_edu.app.hardware import native_bfloat16
+from blip2_edu.attention import select
+from blip2_edu.bridges import (
+    Bridge,
+    QFormerBridge,
+    QFormerBridgeConfig,
+    describe,
+    make_bridge,
+)
 from blip2_edu.checkpoints.names import from_transformers
 from blip2_edu.checkpoints.published import checkpoint_folder, load_whole, loading
 from blip2_edu.checkpoints.tensors import load_strictly, load_tensors, save_json, save_tensors
@@ -21,9 +29,8 @@ from blip2_edu.errors import WeightsError
 from blip2_edu.images import open_image
 from blip2_edu.language import IMAGE, LanguageModel, load_language_model, load_tokenizer
 from blip2_edu.objectives import itc_similarity
-from blip2_edu.qformer import QFormer, QFormerConfig
+from blip2_edu.qformer import QFormerConfig
 from blip2_edu.stage1 import Blip2Stage1, load_stage1, save_stage1
-from blip2_edu.text import Tokenizer
 from blip2_edu.vision import ImageEncoder, from_vision_tower, load_image_encoder
 
 ImageSource = str | Path | bytes | Image.Image
@@ -42,7 +49,7 @@ class Prompts:
 
     @classmethod
     def opt(cls) -> "Prompts":
-        return cls(IMAGE, IMAGE + "Question: {question} Answer:", end_of_text="\n")
+        return cls(IMAGE, IMAGE + "Question: {question} Answer:")
 
     @classmethod
     def t5(cls) -> "Prompts":
@@ -56,105 +63,111 @@ class Prompts:
             question=chat % "{question} Answer in a word or two.",
         )
 
+    @classmethod
+    def for_model(cls, language_model: LanguageModel) -> "Prompts":
+        """SmolLM2's chat form for SmolLM2, and for others what the paper has."""
+        if language_model.name == "smollm2-135m":
+            return cls.smollm2()
+        return cls.t5() if language_model.is_encoder_decoder else cls.opt()
+
 
 @dataclass
 class Blip2Config:
-    """What a checkpoint is made of.
+    """The frozen parts of a checkpoint, by name, and what stands around the soft prompt."""
 
-    norm_image_features puts a learned layer norm before the Q-Former (LAVIS's `ln_vision`);
-    transformers counts it as the last layer of its vision tower.
-    norm_soft_prompt puts a layer norm behind the projection, its gain starting at the standard
-    deviation of the language model's word embeddings: in a training as short as mini's the soft
-    prompt must start out as large as the words it stands among. The published models have none.
-    """
+    image_encoder: str
+    language_model: str
+    prompts: Prompts
 
-    qformer: QFormerConfig
-    image_encoder: str = "efficientnet-lite0"
-    language_model: str = "smollm2-135m"
-    prompts: Prompts = field(default_factory=Prompts.smollm2)
-    norm_image_features: bool = True
-    norm_soft_prompt: bool = True
 
-    @classmethod
-    def from_dict(cls, values: dict) -> "Blip2Config":
-        """The inverse of `dataclasses.asdict`."""
-        parts = {
-            "qformer": QFormerConfig(**values["qformer"]),
-            "prompts": Prompts(**values["prompts"]),
-        }
-        return cls(**values | parts)
+# How a config.json named the settings of its bridge while the Q-Former was the only one.
+FORMER_SETTINGS = ("qformer", "norm_image_features", "norm_soft_prompt")
+
+
+def read_config(values: dict) -> tuple[Blip2Config, dict]:
+    """A config.json of ours -> the configuration, and what `make_bridge` makes the bridge from."""
+    config = Blip2Config(
+        values["image_encoder"], values["language_model"], Prompts(**values["prompts"])
+    )
+    if "bridge" in values:
+        return config, values["bridge"]
+    return config, {"kind": "qformer"} | {name: values[name] for name in FORMER_SETTINGS}
 
 
 class Blip2(nn.Module):
     """Captions, answers, matches and embeds images.
 
-    Two Q-Formers: `qformer` prompts the language model, `stage1` (if there) matches and retrieves.
-    They start as one, but stage 2 moves the first away from what ITC and ITM had taught it; keeping
-    both costs a third more bytes and nothing else.
+    Two Q-Formers: that of `bridge` prompts the language model, `stage1` (if there) matches and
+    retrieves. They start as one, but stage 2 moves the first away from what ITC and ITM had taught
+    it; keeping both costs a third more bytes and nothing else.
+
+    A model comes in evaluation mode, from wherever it is loaded or made, and whatever trains it
+    puts it back: nothing that asks it for an answer changes its mode.
     """
 
     def __init__(
         self,
         config: Blip2Config,
         image_encoder: ImageEncoder,
+        bridge: Bridge,
         language_model: LanguageModel,
         stage1: Blip2Stage1 | None = None,
-        tokenizer: Tokenizer | None = None,
     ):
         super().__init__()
-        image_encoder.check_width(config.qformer.image_width)
+        image_encoder.check_width(bridge.image_width)
         self.config = config
         self.image_encoder = image_encoder
+        self.bridge = bridge
         self.language_model = language_model
         self.stage1 = stage1.requires_grad_(False) if stage1 is not None else None
-        self.tokenizer = tokenizer
-        self.image_norm = nn.Identity()
-        if config.norm_image_features:
-            self.image_norm = nn.LayerNorm(config.qformer.image_width)
-        self.qformer = QFormer(replace(config.qformer, vocab_size=None))
-        self.language_projection = nn.Linear(config.qformer.width, language_model.width)
-        self.soft_prompt_norm = nn.Identity()
-        if config.norm_soft_prompt:
-            self.soft_prompt_norm = nn.LayerNorm(language_model.width)
-            words = language_model.network.get_input_embeddings().weight
-            nn.init.constant_(self.soft_prompt_norm.weight, words.std().item())
+        self.eval()
 
-    def start_from_stage1(self) -> set[str]:
-        """Copy the stage-1 Q-Former, less its text branch; returns the names of what was copied."""
-        ours = set(self.qformer.state_dict())
-        learned = self.stage1.qformer.state_dict()
-        self.qformer.load_state_dict({name: learned[name] for name in ours})
-        self.image_norm.load_state_dict(self.stage1.image_norm.state_dict())
-        return {f"qformer.{name}" for name in ours} | {"image_norm.weight", "image_norm.bias"}
+    @classmethod
+    def from_stage1(
+        cls, stage1: Blip2Stage1, image_encoder: ImageEncoder, language_model: LanguageModel
+    ) -> "Blip2":
+        """What stage 2 begins with: the Q-Former of stage 1 and a projection that knows nothing."""
+        words = language_model.network.get_input_embeddings().weight
+        bridge = QFormerBridge(QFormerBridgeConfig(stage1.config.qformer), words)
+        bridge.start_from(stage1)
+        prompts = Prompts.for_model(language_model)
+        config = Blip2Config(image_encoder.name, language_model.name, prompts)
+        return cls(config, image_encoder, bridge, language_model, stage1)
 
     @property
     def device(self) -> torch.device:
-        return self.language_projection.weight.device
+        return self.language_model.device
 
-    def soft_prompt(self, image_features: Tensor) -> Tensor:
-        """Frozen features (B, N, W) -> soft prompt (B, Q, E)."""
-        queries = self.qformer(self.image_norm(image_features)).queries
-        return self.soft_prompt_norm(self.language_projection(queries))
+    @property
+    def pretrained(self) -> set[str]:
+        """Names of the parameters that learn but did not start at random."""
+        return {f"bridge.{name}" for name in self.bridge.pretrained}
 
     def forward(
         self, image_features: Tensor, prompts: list[str], texts: list[str]
     ) -> dict[str, Tensor]:
-        """The loss of stage 2 (paper, section 3.2), by name; arguments as in LanguageModel.loss."""
-        loss = self.language_model.loss(self.soft_prompt(image_features), prompts, texts)
-        return {"text": loss}
+        """The loss of stage 2 (paper, section 3.3), by name; arguments as in LanguageModel.loss."""
+        return {"text": self.language_model.loss(self.bridge(image_features), prompts, texts)}
 
     @torch.no_grad()
     def encode_images(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
         """Open images and run the frozen encoder: features (B, N, W). Raises ImageError."""
         pixels = self.image_encoder.preprocess([open_image(image) for image in as_list(images)])
-        return self.image_encoder(pixels.to(self.device)).to(self.language_projection.weight.dtype)
+        return self.image_encoder(pixels.to(self.device)).to(next(self.bridge.parameters()).dtype)
 
     @torch.no_grad()
     def write(self, image_features: Tensor, prompts: list[str], **decoding) -> list[str]:
-        """Features (B, N, W) and B prompts -> B texts. Beam search over 5 beams unless told."""
-        self.eval()
+        """Features (B, N, W) and B prompts -> B texts; one image may have many prompts.
+
+        Beam search over 5 beams unless told otherwise.
+        """
+        soft_prompt = self.bridge(image_features)  # (B, Q, E)
+        if len(soft_prompt) == 1:
+            soft_prompt = soft_prompt.expand(len(prompts), -1, -1)
+        if len(soft_prompt) != len(prompts):
+            raise ValueError(f"{len(soft_prompt)} images do not go with {len(prompts)} questions")
         settings = {"max_new_tokens": 32, "num_beams": 5, "do_sample": False} | decoding
-        return self.language_model.generate(self.soft_prompt(image_features), prompts, **settings)
+        return self.language_model.generate(soft_prompt, prompts, **settings)
 
     def caption(self, images: ImageSource | Sequence[ImageSource], **decoding) -> list[str]:
         """One caption for each image; decoding as for transformers' `generate`."""
@@ -168,12 +181,7 @@ class Blip2(nn.Module):
         **decoding,
     ) -> list[str]:
         """One answer for each image and question; a single image may take many questions."""
-        features, questions = self.encode_images(images), as_list(questions)
-        if len(features) == 1:
-            features = features.expand(len(questions), -1, -1)
-        if len(features) != len(questions):
-            raise ValueError(f"{len(features)} images do not go with {len(questions)} questions")
-        return self.write_answers(features, questions, **decoding)
+        return self.write_answers(self.encode_images(images), as_list(questions), **decoding)
 
     def write_answers(
         self, image_features: Tensor, questions: Sequence[str], **decoding
@@ -201,34 +209,36 @@ class Blip2(nn.Module):
     @torch.no_grad()
     def embed_text(self, texts: str | Sequence[str]) -> Tensor:
         """Unit vectors (T, P), one for each text."""
-        model, (ids, mask) = self.retriever(), self.tokenizer(as_list(texts))
+        model = self.retriever()
+        ids, mask = model.tokenizer(as_list(texts))
         return model.embed_text(ids.to(self.device), mask.to(self.device))
 
     @torch.no_grad()
     def match(self, image: ImageSource, texts: str | Sequence[str]) -> "MatchScores":
-        """How well each of T texts fits the image."""
+        """How well each of T texts fits the image, which is projected once for all."""
         model, texts = self.retriever(), as_list(texts)
-        features = self.encode_images(image)
-        ids, mask = (x.to(self.device) for x in self.tokenizer(texts))
-        similarity = itc_similarity(model.embed_image(features), model.embed_text(ids, mask))[0]
-        image_keys_values = model.project_image(features.expand(len(texts), -1, -1))
-        logits = model.match(image_keys_values, ids, mask)
+        ids, mask = (x.to(self.device) for x in model.tokenizer(texts))
+        projected = model.project_image(self.encode_images(image))
+        embedded = model.embed_queries(model.qformer(projected).queries)  # (1, Q, P)
+        similarity = itc_similarity(embedded, model.embed_text(ids, mask))[0]  # (T,)
+        logits = model.match(select(projected, [0] * len(texts)), ids, mask)  # (T, 2)
         return MatchScores(logits.softmax(dim=1)[:, 1], similarity, logits[:, 1] + similarity)
 
     def retriever(self) -> Blip2Stage1:
         """The model that matches and embeds. Raises WeightsError if this checkpoint has none."""
         if self.stage1 is None:
             raise WeightsError("This checkpoint has no stage-1 heads: it cannot match or embed.")
-        return self.stage1.eval()
+        return self.stage1
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
         """Write configuration, tokenizer and all that was learned; the frozen parts stay out."""
         folder = Path(folder)
-        learned = {name: x.to(dtype) for name, x in learned_state(self).items()}
+        learned = {name: x.to(dtype) for name, x in self.bridge.state_dict().items()}
         save_tensors(learned, folder / "stage2.safetensors")
         if self.stage1 is not None:
-            save_stage1(self.stage1, self.tokenizer, folder, dtype)
-        save_json(asdict(self.config), folder / "config.json")
+            save_stage1(self.stage1, folder, dtype)
+        values = {"bridge": describe(self.bridge)} | asdict(self.config)
+        save_json(values, folder / "config.json")
 
     @classmethod
     def from_pretrained(cls, name: str | Path = "mini") -> "Blip2":
@@ -239,20 +249,20 @@ class Blip2(nn.Module):
         folder = checkpoint_folder(name)
         try:
             values = json.loads((folder / "config.json").read_text())
-            published = values.get("model_type") == "blip-2"
-            config = None if published else Blip2Config.from_dict(values)
+            ours = None if values.get("model_type") == "blip-2" else read_config(values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{folder} holds no config.json of a BLIP-2: {error}") from error
-        if published:
+        if ours is None:
             return load_published(name, folder)
-        stage1, tokenizer = (
-            load_stage1(folder) if (folder / "stage1.json").exists() else (None, None)
-        )
+        config, bridge_settings = ours
+        stage1 = load_stage1(folder) if (folder / "stage1.json").exists() else None
         image_encoder = load_image_encoder(config.image_encoder)
         language_model = load_language_model(config.language_model, config.prompts.end_of_text)
-        model = cls(config, image_encoder, language_model, stage1, tokenizer)
-        load_learned(model, load_tensors(folder / "stage2.safetensors")[0])
-        return model.eval()
+        words = language_model.network.get_input_embeddings().weight
+        bridge = make_bridge(bridge_settings, words)
+        load_strictly(bridge, load_tensors(folder / "stage2.safetensors")[0])
+        bridge.pretrained = set(bridge.state_dict())
+        return cls(config, image_encoder, bridge, language_model, stage1)
 
 
 def load_fastest(name: str | Path = "mini") -> Blip2:
@@ -281,21 +291,6 @@ class MatchScores:
     score: Tensor
 
 
-LEARNED = ("image_norm", "qformer", "language_projection", "soft_prompt_norm")
-
-
-def learned_state(model: Blip2) -> dict[str, Tensor]:
-    """What stage 2 trains: the modules that are neither frozen nor stage 1's, by name."""
-    return {k: v for k, v in model.state_dict().items() if k.split(".")[0] in LEARNED}
-
-
-def load_learned(model: Blip2, state: dict[str, Tensor]) -> None:
-    """Put back what `learned_state` gave; raises WeightsError if anything lacks or is left over."""
-    for part in LEARNED:
-        own = {k.removeprefix(part + "."): v for k, v in state.items() if k.split(".")[0] == part}
-        load_strictly(getattr(model, part), own)
-
-
 def load_published(name: str | Path, folder: Path) -> Blip2:
     """A BLIP-2 in transformers' form, such as Salesforce/blip2-opt-2.7b, as ours.
 
@@ -308,33 +303,28 @@ def load_published(name: str | Path, folder: Path) -> Blip2:
         theirs = load_whole(Blip2ForConditionalGeneration, folder)
         tokenizer = load_tokenizer(folder)
     sizes = theirs.config.qformer_config
-    decoder_only = not theirs.language_model.config.is_encoder_decoder
-    config = Blip2Config(
-        QFormerConfig(
-            width=sizes.hidden_size,
-            num_layers=sizes.num_hidden_layers,
-            num_heads=sizes.num_attention_heads,
-            feed_forward_width=sizes.intermediate_size,
-            num_queries=theirs.config.num_query_tokens,
-            image_width=sizes.encoder_hidden_size,
-            cross_attention_every=sizes.cross_attention_frequency,
-            vocab_size=None,
-        ),
-        image_encoder=str(name),
-        language_model=str(name),
-        prompts=Prompts.opt() if decoder_only else Prompts.t5(),
-        norm_image_features=False,
-        norm_soft_prompt=False,
+    qformer = QFormerConfig(
+        width=sizes.hidden_size,
+        num_layers=sizes.num_hidden_layers,
+        num_heads=sizes.num_attention_heads,
+        feed_forward_width=sizes.intermediate_size,
+        num_queries=theirs.config.num_query_tokens,
+        image_width=sizes.encoder_hidden_size,
+        cross_attention_every=sizes.cross_attention_frequency,
+        vocab_size=None,
     )
-    model = Blip2(
-        config,
-        from_vision_tower(str(name), theirs.vision_model),
-        LanguageModel(str(name), theirs.language_model, tokenizer, config.prompts.end_of_text),
+    language_model = LanguageModel(
+        str(name), theirs.language_model, tokenizer, theirs.generation_config.eos_token_id
     )
+    words = language_model.network.get_input_embeddings().weight
+    bridge = QFormerBridge(QFormerBridgeConfig(qformer, False, False), words)
     state, _ = from_transformers(theirs.state_dict())
     # Their image norm is the last layer of the vision tower, and so of our encoder.
-    load_learned(model, {k: x for k, x in state.items() if not k.startswith("image_norm.")})
-    return model.eval()
+    load_strictly(bridge, {k: x for k, x in state.items() if not k.startswith("image_norm.")})
+    bridge.pretrained = set(bridge.state_dict())
+    config = Blip2Config(str(name), str(name), Prompts.for_model(language_model))
+    encoder = from_vision_tower(str(name), theirs.vision_model)
+    return Blip2(config, encoder, bridge, language_model)
 
 
 def as_list(items) -> list:

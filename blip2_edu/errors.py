@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class WeightsError(UserError, RuntimeError):
     """Weights are missing, damaged or unknown; the message is one sentence for the user."""
+
+
+class TrainingError(UserError, RuntimeError):
+    """Training cannot go on; the message is one sentence for the user."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from blip2_edu.attention import select
 from blip2_edu.blip2 import Blip2
 from blip2_edu.data.batches import batched
 from blip2_edu.data.examples import Examples
@@ -18,7 +19,6 @@ from blip2_edu.data.features import FeatureCache
 from blip2_edu.metrics import blind_answers, caption_scores, retrieval_scores, vqa_accuracy
 from blip2_edu.objectives import itc_similarity
 from blip2_edu.stage1 import Blip2Stage1
-from blip2_edu.text import Tokenizer
 
 BAR = {"leave": False, "delay": 2}  # no bar for what takes less than two seconds
 
@@ -26,7 +26,6 @@ BAR = {"leave": False, "delay": 2}  # no bar for what takes less than two second
 @torch.no_grad()
 def retrieval(
     model: Blip2Stage1,
-    tokenizer: Tokenizer,
     examples: Examples,
     features: FeatureCache,
     k: int = 0,
@@ -46,16 +45,16 @@ def retrieval(
     )
     text_embeddings = torch.cat(
         [
-            model.embed_text(*(t.to(device) for t in tokenizer(some)))
-            for some in tqdm(list(batched(texts, batch_size)), desc="Texts", **BAR)
+            model.embed_text(*(t.to(device) for t in model.tokenizer(batch)))
+            for batch in tqdm(list(batched(texts, batch_size)), desc="Texts", **BAR)
         ]
     )
     similarity = torch.cat(
-        [itc_similarity(image_embeddings, some) for some in text_embeddings.split(500)], dim=1
+        [itc_similarity(image_embeddings, part) for part in text_embeddings.split(500)], dim=1
     ).cpu()
     scores = retrieval_scores(similarity, owner)
     if k:
-        for_images, for_texts = rerank(model, tokenizer, features, images, texts, similarity, k)
+        for_images, for_texts = rerank(model, features, images, texts, similarity, k)
         reranked = retrieval_scores(for_images, owner, for_texts)
         scores |= {f"{name} re-ranked": value for name, value in reranked.items()}
     return scores
@@ -64,7 +63,6 @@ def retrieval(
 @torch.no_grad()
 def rerank(
     model: Blip2Stage1,
-    tokenizer: Tokenizer,
     features: FeatureCache,
     images: Sequence[int],
     texts: list[str],
@@ -83,21 +81,18 @@ def rerank(
     best_texts = _among_best(similarity, k, dim=1)
     best_images = _among_best(similarity, k, dim=0)
     wanted = best_texts | best_images
-    lengths = tokenizer(texts)[1].sum(dim=1)  # (T,)
+    lengths = model.tokenizer(texts)[1].sum(dim=1)  # (T,)
     match = torch.zeros_like(similarity)
     bar = tqdm(total=int(wanted.sum()), desc="Re-ranking", unit="pair", **BAR)
-    for some in batched(range(len(images)), images_at_once):  # all keys and values may be too many
-        projected = model.project_image(features.rows([images[i] for i in some]).to(device))
-        pairs = wanted[some].nonzero()  # (P, 2): row of `some`, text
+    for part in batched(range(len(images)), images_at_once):  # all keys and values may be too many
+        projected = model.project_image(features.rows([images[i] for i in part]).to(device))
+        pairs = wanted[part].nonzero()  # (pairs, 2): row of `part`, text
         pairs = pairs[lengths[pairs[:, 1]].argsort()]  # alike in length: little padding
-        for rows, columns in (part.T for part in pairs.split(batch_size)):
-            text_ids, text_mask = tokenizer([texts[t] for t in columns])
-            logits = model.match(
-                [(kv[0][rows], kv[1][rows]) if kv else None for kv in projected],
-                text_ids.to(device),
-                text_mask.to(device),
-            )
-            match[rows + some[0], columns] = logits[:, 1].to(match)
+        for rows, columns in (batch.T for batch in pairs.split(batch_size)):
+            text_ids, text_mask = model.tokenizer([texts[t] for t in columns])
+            image = select(projected, rows)
+            logits = model.match(image, text_ids.to(device), text_mask.to(device))
+            match[rows + part[0], columns] = logits[:, 1].to(match)
             bar.update(len(rows))
     bar.close()
     return _put_first(similarity, match, best_texts), _put_first(similarity, match, best_images)
@@ -142,9 +137,9 @@ def writing_scores(
         references = [examples.captions[i] for i in captioned]
         captions = write(model.write, captioned, prompts, "Captions")
         scores |= caption_scores(references, captions)
-    asked = [(i, question) for i, some in enumerate(examples.questions) for question in some]
+    asked = [(i, question) for i, each in enumerate(examples.questions) for question in each]
     if asked:
-        images, questions = zip(*asked, strict=True)
+        images, questions = [i for i, _ in asked], [question for _, question in asked]
         words = [question["question"] for question in questions]
         answers = write(model.write_answers, images, words, "Answers")
         scores |= vqa_accuracy(answers, questions)
@@ -158,8 +153,8 @@ def images_per_second(
     count = min(len(examples), 2 * batch_size)
     model.caption([examples.image(0)], num_beams=num_beams)  # whatever is done once is done now
     start = time.perf_counter()
-    for some in batched(range(count), batch_size):
-        model.caption([examples.image(i) for i in some], num_beams=num_beams)
+    for batch in batched(range(count), batch_size):
+        model.caption([examples.image(i) for i in batch], num_beams=num_beams)
     return count / (time.perf_counter() - start)
 
 
@@ -178,9 +173,9 @@ def evaluate(
     """
     scores = {}
     if any(examples.captions) and model.stage1 is not None:
-        scores |= retrieval(model.stage1.eval(), model.tokenizer, examples, features, k)
+        scores |= retrieval(model.stage1, examples, features, k)
     scores |= writing_scores(model, examples, features, num_beams, batch_size)
-    questions = [question for some in examples.questions for question in some]
+    questions = [question for each in examples.questions for question in each]
     if questions and train_questions:
         for by in ("question_type", "answer_type"):
             blind = vqa_accuracy(blind_answers(train_questions, questions, by), questions)

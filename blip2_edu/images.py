@@ -6,25 +6,24 @@ encoder can use or an `ImageError` with one sentence that says what is wrong and
 
 from __future__ import annotations
 
+import asyncio
 import io
 import math
 import re
-import string
-import time
-import urllib.request
 import warnings
 from collections.abc import Iterable
-from http.client import HTTPException
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
-from urllib.error import HTTPError
-from urllib.parse import quote
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import Image, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 from blip2_edu import __version__
 from blip2_edu.errors import UserError
+
+if TYPE_CHECKING:
+    import httpx
 
 # Nothing that starts another program (EPS runs Ghostscript) or is hardly ever a photograph.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -36,16 +35,7 @@ DRAFT_PIXELS = 4_000_000  # what a scaled-down JPEG keeps at least
 MAX_DOWNLOAD_BYTES = 32_000_000
 SOCKET_TIMEOUT = 10.0  # seconds without a byte
 DOWNLOAD_TIMEOUT = 30.0  # seconds in all, so that a server cannot drip for ever
-
-ORIENTATIONS = {  # EXIF tag 0x0112 -> what makes the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+MAX_REDIRECTS = 5
 
 
 class ImageError(UserError, ValueError):
@@ -95,41 +85,53 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
 def _download(url: str, name: str) -> bytes:
     if not re.match(r"https?://", url, re.IGNORECASE):
         raise ImageError(f"{name} is neither http nor https; save the image and give its path.")
-    # urllib's default opener follows file: and ftp: as well, even where a server redirects to.
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPErrorProcessor,
-        urllib.request.UnknownHandler,
-    ):
-        opener.add_handler(handler())
-    body = bytearray()
-    deadline = time.monotonic() + DOWNLOAD_TIMEOUT
+    import httpx  # slow to import, and only addresses need it
+
     try:
-        request = urllib.request.Request(
-            quote(url, safe=string.punctuation),  # spaces and letters outside ASCII
-            headers={"User-Agent": f"blip2-edu/{__version__}"},
-        )
-        with opener.open(request, timeout=SOCKET_TIMEOUT) as response:
-            while chunk := response.read1(1 << 16):
-                body += chunk
-                if len(body) > MAX_DOWNLOAD_BYTES:
-                    limit = f"{MAX_DOWNLOAD_BYTES / 1e6:g} MB"
-                    raise ImageError(f"{name} is larger than {limit}; choose a smaller image.")
-                if time.monotonic() > deadline:
-                    raise TimeoutError("timed out")
-            if response.length:  # bytes that were announced and never came
-                raise ConnectionError("the connection broke off")
+        # Asynchronous, because only so does one limit of time hold for all redirects, headers and
+        # chunks together; on a thread of its own, because a notebook has an event loop running.
+        return ThreadPoolExecutor(1).submit(lambda: asyncio.run(_fetch(url, name))).result()
     except ImageError:
         raise
-    except (OSError, HTTPException, ValueError) as error:
-        reason = error if isinstance(error, HTTPError) else getattr(error, "reason", error)
-        reason = " ".join(str(reason).split())
-        raise ImageError(f"{name} cannot be fetched ({reason}); check the address.") from None
+    except (TimeoutError, httpx.TimeoutException):
+        reason = "timed out"
+    except (httpx.ReadError, httpx.RemoteProtocolError):
+        reason = "the connection broke off"
+    except Exception as error:  # nearly anything: of odd ports, names and proxies, too
+        reason = " ".join(str(error).split())
+    raise ImageError(f"{name} cannot be fetched ({reason}); check the address.")
+
+
+async def _fetch(url: str, name: str) -> bytes:
+    import httpx
+
+    headers = {"User-Agent": f"blip2-edu/{__version__}", "Accept-Encoding": "gzip"}
+    async with (
+        asyncio.timeout(DOWNLOAD_TIMEOUT),
+        httpx.AsyncClient(headers=headers, timeout=SOCKET_TIMEOUT) as client,
+    ):
+        # Followed here, because httpx would read the body that comes with a redirect to its end.
+        for _ in range(1 + MAX_REDIRECTS):
+            async with client.stream("GET", url) as response:
+                if not response.next_request:
+                    return await _read(response, name)
+                url = str(response.next_request.url)
+                if response.next_request.url.scheme not in ("http", "https"):
+                    raise ConnectionError(f"redirection to {url} is not allowed")
+        raise ConnectionError(f"HTTP Error {response.status_code}: too many redirects")
+
+
+async def _read(response: httpx.Response, name: str) -> bytes:
+    if not response.is_success:
+        raise ConnectionError(f"HTTP Error {response.status_code}: {response.reason_phrase}")
+    # Gzip grows a chunk a thousandfold at most; others, or gzip within gzip, could fill the memory.
+    is_gzip = response.headers.get("Content-Encoding", "").lower() == "gzip"
+    body = bytearray()
+    async for chunk in response.aiter_bytes() if is_gzip else response.aiter_raw():
+        body += chunk
+        if len(body) > MAX_DOWNLOAD_BYTES:
+            limit = f"{MAX_DOWNLOAD_BYTES / 1e6:g} MB"
+            raise ImageError(f"{name} is larger than {limit}; choose a smaller image.")
     return bytes(body)
 
 
@@ -193,12 +195,14 @@ def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
         rgb = _to_rgb(image)
     except Exception:  # pixels are decoded only now
         raise ImageError(_damaged(name)) from None
-    try:
-        turn = ORIENTATIONS.get(image.getexif().get(0x0112))
-    except Exception:  # a damaged EXIF block does not spoil the pixels
-        turn = None
     rgb.info.clear()  # else the tag stays in the result and the next one to open it turns it again
-    return rgb if turn is None else rgb.transpose(turn)
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        rgb.getexif()[ExifTags.Base.Orientation] = orientation
+        ImageOps.exif_transpose(rgb, in_place=True)
+    except Exception:  # a damaged EXIF block does not spoil the pixels
+        pass
+    return rgb
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -1,23 +1,23 @@
 """Frozen language models behind one interface: a soft prompt and words in, a loss or words out.
 
 A language model reads vectors; that they are word embeddings is habit. BLIP-2 puts projected
-queries in their place (paper, section 3.2 and figure 3).
+queries in their place (paper, section 3.3 and figure 3).
 
 Axis letters: `B` images, `Q` queries, `E` width of a word embedding, `L` length of a prompt, `C`
-texts an image, `T` tokens of a text, `R` tokens of all texts of an image, `S` of all images, `V`
-words of the vocabulary.
+texts an image, `T` tokens of a text, `S` tokens of all texts, `V` words of the vocabulary.
 """
 
 import os
 import shutil
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from blip2_edu.checkpoints.embedded import embedded_file
@@ -28,7 +28,11 @@ from blip2_edu.checkpoints.published import (
     quiet_transformers,
 )
 from blip2_edu.errors import WeightsError
+from blip2_edu.packing import packed_logits, positions
 from blip2_edu.paths import CACHE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IMAGE = "{image}"  # where the soft prompt goes in a prompt
 
@@ -38,13 +42,21 @@ class LanguageModel(nn.Module):
 
     name          what `load_language_model` was asked for
     width         E
-    end_of_text   the token that ends a text: what the loss teaches and generation waits for
+    end_of_text   what ends a text: a string, or the id of a token (of several, the first), as a
+                  generation_config has it; None: the tokenizer's own. The loss teaches it, and
+                  generation waits for it
 
     A prompt is a string in which `{image}` marks the place of the soft prompt. What the tokenizer
     adds by itself (OPT's BOS, T5's EOS) goes with the words after the image.
     """
 
-    def __init__(self, name: str, network: nn.Module, tokenizer, end_of_text: str | None = None):
+    def __init__(
+        self,
+        name: str,
+        network: "PreTrainedModel",
+        tokenizer,
+        end_of_text: str | int | list[int] | None = None,
+    ):
         super().__init__()
         self.name = name
         self.network = network.requires_grad_(False).eval()
@@ -53,10 +65,19 @@ class LanguageModel(nn.Module):
             head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         self.tokenizer = tokenizer
         self.is_encoder_decoder = network.config.is_encoder_decoder
+        self.uses_alibi = tells_positions_by_alibi(network.config)
         self.width = network.get_input_embeddings().embedding_dim
-        self.end_token = tokenizer.eos_token_id
-        if end_of_text is not None:
-            self.end_token = tokenizer.encode(end_of_text, add_special_tokens=False)[-1]
+        self.end_token = tokenizer.eos_token_id if end_of_text is None else end_of_text
+        if isinstance(end_of_text, str):
+            ids = tokenizer.encode(end_of_text, add_special_tokens=False)
+            if not ids:
+                raise WeightsError(
+                    f"The tokenizer of {name} has no token for {end_of_text!r}, which should end "
+                    "a text: name another in the checkpoint's prompts."
+                )
+            self.end_token = ids[-1]
+        if isinstance(end_of_text, list):
+            self.end_token = end_of_text[0]
 
     def train(self, mode: bool = True) -> "LanguageModel":
         """Stay in evaluation mode, whatever a parent asks for."""
@@ -105,10 +126,9 @@ class LanguageModel(nn.Module):
         """Mean negative log likelihood of the tokens of `texts`, a scalar with gradient.
 
         soft_prompt (B, Q, E), B prompts, and B x C texts, image by image: C for each prompt.
-        Prompts are read once and their keys and values shared by the C texts. Nothing but the texts
-        is scored: queries, prompt and padding have no label.
+        Nothing but the texts is scored: queries, prompt and padding have no label.
         """
-        logits, labels = self._score(soft_prompt, prompts, texts)
+        logits, labels = self.score(soft_prompt, prompts, texts)
         return cross_entropy(logits, labels[labels >= 0])
 
     def log_likelihoods(self, soft_prompt: Tensor, prompts: list[str], texts: list[str]) -> Tensor:
@@ -116,23 +136,54 @@ class LanguageModel(nn.Module):
 
         Arguments as for `loss`; the last token of a text is the end token.
         """
-        logits, labels = self._score(soft_prompt, prompts, texts)
+        logits, labels = self.score(soft_prompt, prompts, texts)
         scored = labels >= 0
         likelihoods = logits.new_zeros(labels.shape)
         likelihoods[scored] = -cross_entropy(logits, labels[scored], reduction="none")
         return likelihoods
 
-    def _score(
+    def score(
         self, soft_prompt: Tensor, prompts: list[str], texts: list[str]
     ) -> tuple[Tensor, Tensor]:
         """Logits (S, V) of the S tokens of all texts, padding left out, and labels (B x C, T)."""
-        embeddings, mask = self.embed_prompts(soft_prompt, prompts)
         copies, rest = divmod(len(texts), len(prompts))
         if rest or not copies:
             raise ValueError(f"{len(texts)} texts do not divide among {len(prompts)} prompts")
+        embeddings, mask = self.embed_prompts(soft_prompt, prompts)
         labels = self.label_ids(texts)  # (B x C, T)
-        forward = self._encoder_decoder_logits if self.is_encoder_decoder else self._decoder_logits
-        return forward(embeddings, mask, labels, copies).float(), labels
+        if self.is_encoder_decoder or self.uses_alibi:
+            embeddings = repeat(embeddings, "b l e -> (b c) l e", c=copies)
+            mask = repeat(mask, "b l -> (b c) l", c=copies)
+            logits = self.logits(embeddings, mask, labels)
+        else:  # the same, several times faster: a prompt is read once for all of its texts
+            logits = packed_logits(self.network, embeddings, mask, labels, copies)
+        return logits.float(), labels
+
+    def logits(self, embeddings: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+        """Logits (S, V) of the tokens of one text for each prompt; what `packed_logits` must equal.
+
+        embeddings (B, L, E) and mask (B, L) of the prompts, labels (B, T) with -100 on padding. A
+        decoder reads [prompt][text]: the prompt's last vector predicts the first token, each token
+        the next. An encoder reads the prompt, and the decoder writes the text.
+        """
+        scored = labels >= 0
+        if self.is_encoder_decoder:
+            given = {"inputs_embeds": embeddings, "attention_mask": mask, "labels": labels}
+            return self.network(**given).logits[scored]
+        read = self.embed(labels[:, :-1].clamp(min=0))  # behind the last token nothing is asked
+        mask = torch.cat([mask, scored[:, :-1].long()], dim=1)
+        logits = self.network(
+            inputs_embeds=torch.cat([embeddings, read], dim=1),
+            attention_mask=mask,
+            **self._positions(mask),
+            use_cache=False,
+            logits_to_keep=labels.shape[1],
+        ).logits  # (B, T, V)
+        return logits[scored]
+
+    def _positions(self, mask: Tensor) -> dict[str, Tensor]:
+        """Where each token stands, for a network that wants to be told."""
+        return {} if self.uses_alibi else {"position_ids": positions(mask)}
 
     def word_of_token(self, text: str) -> list[int]:
         """For each token of a text, which of the words of `text.split()` it ends in."""
@@ -141,62 +192,12 @@ class LanguageModel(nn.Module):
         ).offset_mapping
         return [max(0, len(text[:end].split()) - 1) for _, end in offsets]
 
-    def _decoder_logits(
-        self, embeddings: Tensor, mask: Tensor, labels: Tensor, copies: int
-    ) -> Tensor:
-        """Logits (S, V): the prompt predicts the first token of a text, each token the next.
-
-        The C texts of an image follow its prompt in one row, without padding between them; each
-        sees the prompt and itself, as if it stood there alone.
-        """
-        place = torch.arange(labels.shape[1], device=self.device)
-        text = torch.arange(1, 1 + copies, device=self.device).repeat_interleave(len(place))
-        place = place.repeat(copies)  # (C x T) both: which text, and which of its tokens
-        labels = rearrange(labels, "(b c) t -> b (c t)", c=copies)
-        scored = labels >= 0
-        # All tokens are read but the last of each text, behind which nothing is asked.
-        read = scored & pad(scored[:, 1:] & (place[1:] > 0), (0, 1))
-        words = [row[some] for row, some in zip(labels, read, strict=True)]
-        ids = pad_sequence(words, batch_first=True)  # (B, R)
-        owner = pad_sequence([text[some] for some in read], batch_first=True, padding_value=-1)
-        behind = pad_sequence([place[some] for some in read], batch_first=True)
-
-        owner = torch.cat([mask - 1, owner], dim=1)  # (B, L + R): 0 the prompt, -1 padding
-        mine, yours = owner[:, :, None], owner[:, None, :]
-        visible = (yours == mine) | (yours == 0)
-        hidden = torch.finfo(embeddings.dtype).min
-        logits = self.network(
-            inputs_embeds=torch.cat([embeddings, self.embed(ids)], dim=1),
-            attention_mask=(hidden * ~visible.tril()).to(embeddings.dtype)[:, None],
-            position_ids=torch.cat([positions(mask), mask.sum(dim=1)[:, None] + behind], dim=1),
-            use_cache=False,
-            logits_to_keep=1 + ids.shape[1],
-        ).logits  # (B, 1 + R, V)
-        # A text's first token is predicted in column 0, by the prompt, the others by those before.
-        column = torch.where(place > 0, pad(read.cumsum(dim=1)[:, :-1], (1, 0)), 0)
-        row = logits.shape[1] * torch.arange(len(logits), device=self.device)[:, None]
-        return logits.flatten(0, 1).index_select(0, (row + column)[scored])
-
-    def _encoder_decoder_logits(
-        self, embeddings: Tensor, mask: Tensor, labels: Tensor, copies: int
-    ) -> Tensor:
-        encoded = self.network.get_encoder()(inputs_embeds=embeddings, attention_mask=mask)
-        encoded.last_hidden_state = repeat(
-            encoded.last_hidden_state, "b l e -> (b c) l e", c=copies
-        )
-        logits = self.network(
-            encoder_outputs=encoded,
-            attention_mask=repeat(mask, "b l -> (b c) l", c=copies),
-            labels=labels,
-        ).logits
-        return logits[labels >= 0]
-
     def _read(self, embeddings: Tensor, mask: Tensor, copies: int):
         """Keys and values of prompts (B, L, E), each repeated for `copies` continuations."""
         cache = self.network.base_model(
             inputs_embeds=embeddings,
             attention_mask=mask,
-            position_ids=positions(mask),
+            **self._positions(mask),
             use_cache=True,
         ).past_key_values
         cache.batch_repeat_interleave(copies)
@@ -226,9 +227,9 @@ class LanguageModel(nn.Module):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def positions(mask: Tensor) -> Tensor:
-    """mask (B, L) -> each token's position (B, L), padding not counted."""
-    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+def tells_positions_by_alibi(config) -> bool:
+    """Some decoders tell positions by a bias on their attention (ALiBi) and take no numbers."""
+    return config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False)
 
 
 def split_prefix(text: str, generator: torch.Generator | None = None) -> tuple[str, str]:
@@ -260,13 +261,10 @@ def load_language_model(
     folder = unpack_smollm2() if name == "smollm2-135m" else checkpoint_folder(name)
     with loading(name, "language model"):
         config = AutoConfig.from_pretrained(folder)
-        if config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False):
-            raise WeightsError(
-                f"{name} tells positions by ALiBi, and the texts of an image that share their "
-                "prompt need them as numbers: choose another language model."
-            )
         if config.model_type == "blip-2":
-            network = load_whole(Blip2ForConditionalGeneration, folder).language_model
+            whole = load_whole(Blip2ForConditionalGeneration, folder)
+            network = whole.language_model
+            end_of_text = end_of_text or whole.generation_config.eos_token_id
         else:
             auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             network = load_whole(auto, folder)
@@ -278,7 +276,7 @@ def load_tokenizer(folder: Path):
     """The tokenizer of a folder; where its files are missing transformers makes an empty one up."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     if not tokenizer.encode("a", add_special_tokens=False):
         raise WeightsError(f"{folder} has no tokenizer.")
     return tokenizer
@@ -290,7 +288,7 @@ def unpack_smollm2() -> Path:
     folder = CACHE / "smollm2-135m"
     if (folder / "model.safetensors").exists():
         return folder
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     print("Unpacking SmolLM2-135M, once; this takes half a minute ...", flush=True)
     aside = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -299,10 +297,10 @@ def unpack_smollm2() -> Path:
             shutil.rmtree(other, ignore_errors=True)
     with quiet_transformers():
         network = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         settings = network.config.to_dict()
         settings.pop("quantization_config")  # it is not quantised any more
-        plain = LlamaForCausalLM(type(network.config)(**settings))
+        plain = LlamaForCausalLM(LlamaConfig(**settings))
         plain.load_state_dict(network.state_dict())
     try:
         with quiet_transformers():

@@ -1,4 +1,4 @@
-"""The three losses of stage 1 (paper, section 3.1): ITC, ITM, ITG. Plain functions on tensors.
+"""The three losses of stage 1 (paper, section 3.2): ITC, ITM, ITG. Plain functions on tensors.
 
 Axis letters: `B` pairs in the batch, `A` pairs on all processes together, `Q` queries, `P` width of
 the shared space.
@@ -7,7 +7,7 @@ the shared space.
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, pad
 
 
 class _Gather(torch.autograd.Function):
@@ -20,8 +20,8 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        everyones = gradient.clone(memory_format=torch.contiguous_format)
+    def backward(ctx, *gradients: Tensor) -> Tensor:
+        everyones = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(everyones)  # the loss of every process pulls at every row
         return everyones.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -34,6 +34,32 @@ def gather(x: Tensor) -> Tensor:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
     return _Gather.apply(x.contiguous())
+
+
+def gather_texts(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, T) of every process, padded to the longest of all -> (A, T) each."""
+    longest = torch.tensor(ids.shape[1], device=ids.device)
+    if dist.is_initialized():
+        dist.all_reduce(longest, dist.ReduceOp.MAX)
+    missing = (0, int(longest) - ids.shape[1])
+    return gather(pad(ids, missing)), gather(pad(mask, missing))
+
+
+def number_pairs(pairs: Tensor) -> Tensor:
+    """For B `pairs` of this process, numbers (B,) that no pair of any other process has."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return torch.arange(len(pairs), device=pairs.device) + rank * len(pairs)
+
+
+def share_of_mean(count: int, device: torch.device) -> Tensor | float:
+    """What a mean over `count` items here must be multiplied with, so that the mean over processes
+    (which is what data parallelism takes of gradients) is the mean over the items of all.
+    """
+    if not dist.is_initialized():
+        return 1.0
+    everyones = torch.tensor(float(count), device=device)
+    dist.all_reduce(everyones)
+    return count * dist.get_world_size() / everyones
 
 
 def itc_similarity(image_embeddings: Tensor, text_embeddings: Tensor) -> Tensor:
@@ -66,10 +92,8 @@ def itc_loss(
     the target instead of being one another's negatives. Under torch.distributed every process
     compares its own rows with the gathered rows of all. An untrained model scores ln A.
     """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    batch = len(text_embeddings)
     if image_ids is None:
-        image_ids = torch.arange(batch, device=text_embeddings.device) + rank * batch
+        image_ids = number_pairs(text_embeddings)
     image_to_text = itc_similarity(image_embeddings, gather(text_embeddings))  # (B, A)
     text_to_image = itc_similarity(gather(image_embeddings), text_embeddings).T  # (B, A)
     positives = (image_ids[:, None] == gather(image_ids)[None, :]).to(image_to_text.dtype)
@@ -81,9 +105,9 @@ def itc_loss(
 
 
 def sample_hard_negatives(similarity: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
-    """For each row, draw a wrong column, the more similar the likelier (paper, section 3.1).
+    """For each row, draw a wrong column, the more similar the likelier (paper, section 3.2).
 
-    similarity (B, B) in units of the softmax (already divided by the temperature), same (B, B) true
+    similarity (B, A) in units of the softmax (already divided by the temperature), same (B, A) true
     where row and column belong together. Returns (rows, columns), both (R,) with R <= B: a row
     that has no wrong column, as in a batch of one, is left out.
     """

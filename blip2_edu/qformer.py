@@ -4,12 +4,12 @@ A BERT whose sequence starts with learned queries. In every block queries and te
 another as far as a mask allows; in every second block the queries, and they alone, then look at the
 image; at the end of a block queries and text pass through feed-forwards of their own.
 
-Axis letters: `B` batch, `Q` queries, `T` text tokens, `N` image patches, `W` width of an image
-feature, `D` width of the Q-Former, `H` heads.
+Axis letters: `B` batch, `Q` queries, `T` text tokens, `N` image features, `W` their width, `D`
+width of the Q-Former, `H` heads.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,12 +70,27 @@ class QFormerConfig:
 
 
 @dataclass
+class Cache:
+    """What a later pass need not compute again: every block's self-attention keys and values.
+
+    num_queries  how many positions at the front are queries; the others are text
+    """
+
+    layers: list[KeysValues | None]  # (B, H, num_queries + T, C) each; None before the first pass
+    num_queries: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.layers[0][0].shape[2] if self.layers[0] else 0
+
+
+@dataclass
 class QFormerOutput:
     """What one pass gives. `None` stands for what was not asked for or not in the sequence."""
 
     queries: Tensor | None  # (B, Q, D)
     text: Tensor | None  # (B, T, D)
-    cache: list[KeysValues]  # self-attention keys and values of every block
+    cache: Cache
     self_attention: list[Tensor] | None  # every block: (B, H, L, S)
     cross_attention: list[Tensor] | None  # every block that has it: (B, H, Q, N)
 
@@ -174,7 +189,7 @@ class QFormerLayer(nn.Module):
                     queries, image, image_mask, return_attention
                 )
             parts.append(self.query_feed_forward(queries))
-        if text.shape[1]:
+        if self.text_feed_forward is not None and text.shape[1]:
             parts.append(self.text_feed_forward(text))
         return torch.cat(parts, dim=1), cache, self_weights, cross_weights
 
@@ -200,12 +215,17 @@ class QFormer(nn.Module):
             self.position_embeddings = nn.Embedding(config.max_text_length, config.width)
         self.norm = nn.LayerNorm(config.width, eps=1e-12)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(
+        layers = nn.ModuleList(
             QFormerLayer(config, has_cross_attention=i % config.cross_attention_every == 0)
             for i in range(config.num_layers)
         )
+        self.layers = cast(list[QFormerLayer], layers)
         self.apply(initialise)
         nn.init.normal_(self.query_tokens, std=0.02)
+
+    def readers(self) -> list[Attention]:
+        """The attentions that read the image, block by block."""
+        return [x.cross_attention.attention for x in self.layers if x.cross_attention is not None]
 
     def project_image(self, image_features: Tensor) -> list[KeysValues | None]:
         """Image features (B, N, W) -> every block's cross-attention keys and values.
@@ -227,7 +247,7 @@ class QFormer(nn.Module):
         *,
         pattern: MaskPattern = "bidirectional",
         image_mask: Tensor | None = None,
-        cache: list[KeysValues] | None = None,
+        cache: Cache | None = None,
         return_attention: bool = False,
     ) -> QFormerOutput:
         """One pass over [queries ; text], [queries] or [text].
@@ -238,8 +258,8 @@ class QFormer(nn.Module):
         text_mask  (B, T), true on tokens; with `cache`, (B, T so far) over all text until now
         pattern    see `joint_mask`
         image_mask (B, N), true on real patches; None means all are
-        cache      `cache` of an earlier pass that held the queries and perhaps the first words;
-                   these positions are then seen, not computed again
+        cache      `cache` of an earlier pass over queries, text or both; these positions are then
+                   seen, not computed again
         """
         if cache is not None and (image is not None or pattern != "causal"):
             raise ValueError("a cache continues a text causally: pattern='causal', no image")
@@ -250,24 +270,24 @@ class QFormer(nn.Module):
         if isinstance(image, Tensor):
             image = self.project_image(image)
 
-        past_length = cache[0][0].shape[2] if cache is not None else 0
-        past_text = max(past_length - self.config.num_queries, 0)
+        past = cache or Cache([None] * len(self.layers))
+        past_text = past.length - past.num_queries
+        num_queries = self.config.num_queries if image is not None else 0  # in this pass
+        seen_queries = num_queries or past.num_queries
         embeddings = []
         if image is not None:
-            batch = image[0][0].shape[0]
+            batch = next(x for x in image if x)[0].shape[0]
             embeddings.append(self.query_tokens.expand(batch, -1, -1))  # (B, Q, D)
         if text_ids is not None:
             positions = past_text + torch.arange(text_ids.shape[1], device=text_ids.device)
             embeddings.append(self.word_embeddings(text_ids) + self.position_embeddings(positions))
         x = self.dropout(self.norm(torch.cat(embeddings, dim=1)))  # (B, Q + T, D)
 
-        num_queries = self.config.num_queries if image is not None else 0
         mask = None
         if text_ids is not None:
             if text_mask is None:
                 text_mask = text_ids.new_ones(text_ids.shape[0], past_text + text_ids.shape[1])
-            seen_queries = self.config.num_queries if cache is not None else num_queries
-            mask = joint_mask(seen_queries, text_mask, pattern)[:, None, past_length:]
+            mask = joint_mask(seen_queries, text_mask, pattern)[:, None, past.length :]
         if image_mask is not None:
             image_mask = image_mask.bool()[:, None, None, :]  # (B, 1, 1, N)
 
@@ -277,8 +297,8 @@ class QFormer(nn.Module):
                 x,
                 num_queries,
                 mask,
-                cache[i] if cache is not None else None,
-                image[i] if image is not None else None,
+                past.layers[i],
+                image[i] if image else None,
                 image_mask,
                 return_attention,
             )
@@ -289,7 +309,7 @@ class QFormer(nn.Module):
         return QFormerOutput(
             queries=x[:, :num_queries] if num_queries else None,
             text=x[:, num_queries:] if text_ids is not None else None,
-            cache=new_cache,
+            cache=Cache(new_cache, seen_queries),
             self_attention=self_attention if return_attention else None,
             cross_attention=cross_attention if return_attention else None,
         )

@@ -4,16 +4,15 @@ Axis letters: `B` images, `H` heads, `Q` queries, `N` image features, `R` rows a
 the encoder's grid.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from blip2_edu.attention import KeysValues
+from blip2_edu.attention import Attention, KeysValues
 from blip2_edu.blip2 import Blip2, ImageSource
-from blip2_edu.qformer import QFormer
 from blip2_edu.stage1 import Blip2Stage1
 
 
@@ -21,14 +20,14 @@ from blip2_edu.stage1 import Blip2Stage1
 def attention_maps(
     model: Blip2, images: ImageSource | Sequence[ImageSource], layer: int = -1
 ) -> Tensor:
-    """Cross-attention weights of the Q-Former that prompts the language model, (B, H, Q, R, K).
+    """How the bridge's queries attend to the image, (B, H, Q, R, K).
 
     layer counts the blocks that have cross-attention. What a query gives to features of no place
-    (a ViT's class token) is left out, so a map sums to at most one. Raises ImageError.
+    (a ViT's class token) is left out, so a map sums to at most one. Raises ImageError, and
+    ValueError if the bridge attends to nothing.
     """
-    features = model.image_norm(model.encode_images(images))
-    weights = model.eval().qformer(features, return_attention=True).cross_attention[layer]
-    return _places(model, weights)
+    look = model.bridge.look(model.encode_images(images))
+    return _places(model, look.cross_attention[layer])
 
 
 def match_attention(
@@ -40,7 +39,7 @@ def match_attention(
     checkpoint has no such Q-Former.
     """
     reader = model.retriever()
-    ids, mask = (x.to(model.device) for x in model.tokenizer(list(texts)))
+    ids, mask = (x.to(model.device) for x in reader.tokenizer(list(texts)))
     return _places(model, match_relevance(reader, model.encode_images(images), ids, mask))
 
 
@@ -52,7 +51,7 @@ def match_relevance(
     Attention weighted by the gradient of the difference of ITM's two logits.
     """
     features = image_features.detach().requires_grad_()
-    with torch.enable_grad(), _watch(reader.qformer) as watched:
+    with torch.enable_grad(), _watch(reader.qformer.readers()) as watched:
         image = reader.project_image(features)
         read = reader.qformer(image, text_ids, text_mask, return_attention=True)
         logits = reader.itm_head(read.queries).mean(dim=1)  # (B, 2)
@@ -70,40 +69,37 @@ def word_attention(
 
     Words are those of `text.split()`; a word's score is the log likelihood of its tokens after the
     prompt (by default that of captions) and the words before it. An empty text has no maps.
-    Raises ImageError.
+    Raises ImageError, and ValueError if the bridge attends to nothing.
     """
     language, prompts = model.language_model, prompts or [model.config.prompts.caption] * len(texts)
     words = [language.word_of_token(text) for text in texts]
     counts = [max(of_token, default=-1) + 1 for of_token in words]
-    features = model.eval().encode_images(images).requires_grad_()
-    with torch.enable_grad(), _watch(model.qformer) as watched:
-        image = model.qformer.project_image(model.image_norm(features))
-        read = model.qformer(image, return_attention=True)
-        soft_prompt = model.soft_prompt_norm(model.language_projection(read.queries))
-        scores = language.log_likelihoods(soft_prompt, list(prompts), list(texts))  # (B, T)
+    features = model.encode_images(images).requires_grad_()
+    with torch.enable_grad(), _watch(model.bridge.readers()) as watched:
+        look = model.bridge.look(features)
+        scores = language.log_likelihoods(look.soft_prompt, list(prompts), list(texts))  # (B, T)
         maps = [features.new_zeros(len(features), 0, features.shape[1])]  # (B, words, N) each
         word_of = torch.full_like(scores, -1)  # (B, T)
         for row, of_token in zip(word_of, words, strict=True):
             row[: len(of_token)] = row.new_tensor(of_token)
         for word in range(max(counts)):
             score = (scores * (word_of == word)).sum(dim=1)  # (B,)
-            relevance = _weigh_by_gradient(score, read.cross_attention, image, watched)
+            relevance = _weigh_by_gradient(score, look.cross_attention, look.image, watched)
             maps.append(relevance[:, None])
     maps = _places(model, torch.cat(maps, dim=1))  # (B, words, R, K)
-    return [some[:count] for some, count in zip(maps, counts, strict=True)]
+    return [of_image[:count] for of_image, count in zip(maps, counts, strict=True)]
 
 
 @contextmanager
-def _watch(qformer: QFormer) -> Iterator[list[Tensor]]:
-    """Collect what every cross-attention reads from the image, (B, Q, D) each, block by block."""
+def _watch(readers: list[Attention]) -> Generator[list[Tensor]]:
+    """Collect what each of these attentions reads from the image, (B, Q, D) each."""
     watched: list[Tensor] = []
     hooks = [
-        layer.cross_attention.attention.output.register_forward_pre_hook(
+        attention.output.register_forward_pre_hook(
             # What another thread reads meanwhile, without gradients, is not meant.
             lambda _, inputs: watched.append(inputs[0]) if inputs[0].requires_grad else None
         )
-        for layer in qformer.layers
-        if layer.cross_attention is not None
+        for attention in readers
     ]
     try:
         yield watched
@@ -122,28 +118,27 @@ def _weigh_by_gradient(
     """
     gradients = torch.autograd.grad(score.sum(), watched, retain_graph=True)
     values = [keys_values[1] for keys_values in image if keys_values is not None]
-    total = 0
+    raised = []  # in every block, (B, N)
     for weight, value, gradient in zip(weights, values, gradients, strict=True):
         gradient = rearrange(gradient, "b q (h c) -> b h q c", h=value.shape[1])
         raises = weight * (gradient @ value.transpose(-1, -2))  # (B, H, Q, N)
-        total = total + raises.clamp(min=0).sum(dim=(1, 2))
-    return total.detach()
+        raised.append(raises.clamp(min=0).sum(dim=(1, 2)))
+    return torch.stack(raised).sum(dim=0).detach()
 
 
 @torch.no_grad()
 def attention_rollout(model: Blip2, images: ImageSource | Sequence[ImageSource]) -> Tensor:
     """How much of each place is in each query after all blocks, (B, Q, R, K).
 
-    Rollout (Abnar and Zuidema 2020) through self- and cross-attention of the Q-Former that prompts
-    the language model: in each of them a residual path carries half. Raises ImageError.
+    Rollout (Abnar and Zuidema 2020) through self- and cross-attention of the bridge: in each of
+    them a residual path carries half. Raises ImageError, and ValueError if it attends to nothing.
     """
-    features = model.image_norm(model.encode_images(images))
-    read = model.eval().qformer(features, return_attention=True)
-    cross = iter(read.cross_attention)
-    seen = torch.zeros_like(read.cross_attention[0][:, 0])  # (B, Q, N)
-    for layer, self_attention in zip(model.qformer.layers, read.self_attention, strict=True):
+    look = model.bridge.look(model.encode_images(images))
+    cross = iter(look.cross_attention)
+    seen = torch.zeros_like(look.cross_attention[0][:, 0])  # (B, Q, N)
+    for image, self_attention in zip(look.image, look.self_attention, strict=True):
         seen = (seen + self_attention.mean(dim=1) @ seen) / 2
-        if layer.cross_attention is not None:
+        if image is not None:  # this block reads it
             seen = (seen + next(cross).mean(dim=1)) / 2
     return _places(model, seen)
 

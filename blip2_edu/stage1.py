@@ -1,29 +1,37 @@
-"""The stage-1 model (paper, section 3.1): a Q-Former and the heads that its three losses need.
+"""The stage-1 model (paper, section 3.2): a Q-Former and the heads that its three losses need.
 
-Axis letters as in `qformer`: `B` pairs, `Q` queries, `T` text tokens, `N` patches, `W` width of an
-image feature, `D` width of the Q-Former, `P` width of the shared space.
+Axis letters as in `qformer`: `B` pairs, `A` pairs of all processes, `Q` queries, `T` text tokens,
+`N` image features, `W` their width, `D` width of the Q-Former, `P` width of the shared space.
 """
 
 import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from blip2_edu.attention import KeysValues
+from blip2_edu.attention import KeysValues, select
+from blip2_edu.checkpoints.names import initialise_from_bert
+from blip2_edu.checkpoints.published import load_whole, loading
 from blip2_edu.checkpoints.tensors import load_strictly, load_tensors, save_json, save_tensors
-from blip2_edu.errors import WeightsError
+from blip2_edu.errors import TrainingError, WeightsError
 from blip2_edu.objectives import (
+    gather,
+    gather_texts,
     itc_loss,
     itc_similarity,
     itg_loss,
     itm_loss,
+    number_pairs,
     sample_hard_negatives,
+    share_of_mean,
 )
-from blip2_edu.qformer import QFormer, QFormerConfig, initialise
+from blip2_edu.qformer import Cache, QFormer, QFormerConfig, initialise
 from blip2_edu.text import Tokenizer
 
 OBJECTIVES = ("itc", "itm", "itg")
@@ -61,21 +69,42 @@ class Blip2Stage1(nn.Module):
     """Learns, from frozen image features and captions, what of an image a text would say.
 
     The frozen encoder is not in here: features come in, so that they can be computed once.
+
+    tokenizer   makes the ids that it reads from texts
+    pretrained  names of the parameters that did not start at random; they learn at a lower rate
     """
 
-    def __init__(self, config: Stage1Config):
+    def __init__(self, config: Stage1Config, tokenizer: Tokenizer | None = None):
         super().__init__()
         self.config = config
+        self.tokenizer = cast(Tokenizer, tokenizer)  # None in a model that is given ids alone
+        self.pretrained: set[str] = set()
         sizes = config.qformer
         self.image_norm = nn.LayerNorm(sizes.image_width, eps=config.image_norm_eps)
         self.qformer = QFormer(sizes)
         self.image_projection = nn.Linear(sizes.width, config.projection_width)
         self.text_projection = nn.Linear(sizes.width, config.projection_width)
         self.itm_head = nn.Linear(sizes.width, 2)
-        self.itg_head = TextHead(sizes.width, sizes.vocab_size)
+        self.itg_head = TextHead(sizes.width, self.qformer.word_embeddings.num_embeddings)
         self.temperature = nn.Parameter(torch.tensor(0.07))
         for head in (self.image_projection, self.text_projection, self.itm_head, self.itg_head):
             head.apply(initialise)
+
+    @classmethod
+    def from_bert(cls, sizes: QFormerConfig, folder: Path) -> "Blip2Stage1":
+        """A model that knows words and no images yet (paper, section 3.1: BERT-base).
+
+        folder  a BERT of these sizes in transformers' form, its tokenizer.json beside. Raises
+                WeightsError.
+        """
+        from transformers import BertModel
+
+        with loading(folder, "BERT"):
+            bert = load_whole(BertModel, folder)
+        model = cls(Stage1Config(sizes), Tokenizer(folder / "tokenizer.json"))
+        copied = initialise_from_bert(model.qformer, bert.state_dict())
+        model.pretrained = {f"qformer.{name}" for name in copied}
+        return model
 
     def project_image(self, image_features: Tensor) -> list[KeysValues | None]:
         """Frozen features (B, N, W) -> cross-attention keys and values, shared by all passes."""
@@ -120,12 +149,17 @@ class Blip2Stage1(nn.Module):
         """The losses of one batch of pairs, by name; train on their sum.
 
         image_features (B, N, W); text_ids and text_mask (B, T), [CLS] first; image_ids (B,) as in
-        `itc_loss`. itm_pairs limits ITM, by far the dearest of the three, to that many
-        of the B pairs and as many negatives of either kind; hard_negatives=False draws these at
-        random, which a matching head that knows nothing yet learns from much sooner.
+        `itc_loss`. itm_pairs limits ITM, by far the most costly of the three, to that many of the B
+        pairs and as many negatives of either kind; hard_negatives=False draws these at random,
+        which a matching head that knows nothing yet learns from much sooner.
+
+        Under torch.distributed negatives come from the batches of all processes (A pairs), and the
+        mean of the losses is that of the joined batch.
         """
         image = self.project_image(image_features)
         seen = self.qformer(image)
+        if image_ids is None:
+            image_ids = number_pairs(text_ids)
         losses = {}
 
         image_embeddings = self.embed_queries(seen.queries)  # (B, Q, P)
@@ -134,10 +168,17 @@ class Blip2Stage1(nn.Module):
             losses["itc"] = itc_loss(image_embeddings, text_embeddings, self.temperature, image_ids)
         if "itm" in objectives:
             with torch.no_grad():
-                similarity = itc_similarity(image_embeddings, text_embeddings) / self.temperature
-                similarity = similarity * hard_negatives  # all alike: any negative is as likely
+                for_texts = itc_similarity(gather(image_embeddings), text_embeddings).T
+                for_images = itc_similarity(image_embeddings, gather(text_embeddings))
+                similarities = for_texts / self.temperature, for_images / self.temperature
+                if not hard_negatives:  # all alike: any negative is as likely as any other
+                    similarities = [torch.zeros_like(x) for x in similarities]
+            same = image_ids[:, None] == gather(image_ids)[None, :]  # (B, A)
+            negatives = [
+                sample_hard_negatives(x[:itm_pairs], same[:itm_pairs]) for x in similarities
+            ]
             losses["itm"] = self._matching_loss(
-                image, text_ids, text_mask, similarity, image_ids, itm_pairs
+                image, image_features, text_ids, text_mask, *negatives, count=len(same[:itm_pairs])
             )
         if "itg" in objectives:
             losses["itg"] = self._generation_loss(seen.cache, text_ids, text_mask)
@@ -146,59 +187,71 @@ class Blip2Stage1(nn.Module):
     def _matching_loss(
         self,
         image: list[KeysValues | None],
+        image_features: Tensor,
         text_ids: Tensor,
         text_mask: Tensor,
-        similarity: Tensor,
-        image_ids: Tensor | None,
-        pairs: int | None,
+        wrong_images: tuple[Tensor, Tensor],
+        wrong_texts: tuple[Tensor, Tensor],
+        count: int,
     ) -> Tensor:
-        """ITM on positives, each text with a hard negative image, each image with a hard text."""
-        positive = torch.arange(len(text_ids), device=text_ids.device)[:pairs]  # (b,)
-        ids = positive.new_tensor(range(len(text_ids))) if image_ids is None else image_ids
-        same = ids[:, None] == ids[None, :]  # (B, B)
-        text_rows, wrong_images = sample_hard_negatives(similarity.T[:pairs], same[:pairs])
-        image_rows, wrong_texts = sample_hard_negatives(similarity[:pairs], same[:pairs])
-        image_index = torch.cat([positive, wrong_images, image_rows])  # (3b,)
-        text_index = torch.cat([positive, text_rows, wrong_texts])  # (3b,)
-        logits = self.match(
-            [(kv[0][image_index], kv[1][image_index]) if kv else None for kv in image],
-            text_ids[text_index],
-            text_mask[text_index],
-        )
-        labels = torch.zeros_like(image_index)
-        labels[: len(positive)] = 1
-        return itm_loss(logits, labels)
+        """ITM on `count` pairs, and on each text with a wrong image, each image with a wrong text.
 
-    def _generation_loss(
-        self, cache: list[KeysValues], text_ids: Tensor, text_mask: Tensor
-    ) -> Tensor:
+        wrong_images and wrong_texts: own rows, and for each a row among those of all processes.
+        """
+        own = torch.arange(count, device=text_ids.device)  # (b,)
+        text_rows, image_columns = wrong_images
+        image_rows, text_columns = wrong_texts
+        if dist.is_initialized():  # what others projected is not here: project the few again
+            others = self.project_image(gather(image_features)[image_columns])
+            image = [
+                kv and more and (torch.cat([kv[0], more[0]]), torch.cat([kv[1], more[1]]))
+                for kv, more in zip(image, others, strict=True)
+            ]
+            image_columns = len(text_ids) + torch.arange(len(image_columns), device=own.device)
+        all_ids, all_mask = gather_texts(text_ids, text_mask)  # (A, T)
+        first = number_pairs(text_ids)[0]  # where the own texts are among those of all
+        image_index = torch.cat([own, image_columns, image_rows])  # (3b,)
+        text_index = torch.cat([first + own, first + text_rows, text_columns])  # (3b,)
+        logits = self.match(select(image, image_index), all_ids[text_index], all_mask[text_index])
+        labels = (torch.arange(len(logits), device=own.device) < count).long()
+        return itm_loss(logits, labels) * share_of_mean(len(labels), labels.device)
+
+    def _generation_loss(self, cache: Cache, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """ITG with the queries' keys and values from the image pass, so only text is computed."""
         text_ids = text_ids.clone()
-        text_ids[:, 0] = self.config.qformer.vocab_size - 1  # [DEC] in place of [CLS]
+        text_ids[:, 0] = self.qformer.word_embeddings.num_embeddings - 1  # [DEC] in place of [CLS]
         text = self.qformer(
             text_ids=text_ids, text_mask=text_mask, pattern="causal", cache=cache
         ).text
         counts = text_mask[:, 1:].bool()  # only real next tokens are scored
-        return itg_loss(self.generate_logits(text[:, :-1][counts]), text_ids[:, 1:][counts])
+        loss = itg_loss(self.generate_logits(text[:, :-1][counts]), text_ids[:, 1:][counts])
+        return loss * share_of_mean(int(counts.sum()), loss.device)
 
 
-def save_stage1(
-    model: Blip2Stage1, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype = torch.float32
-) -> None:
+def parse_objectives(names: str) -> tuple[str, ...]:
+    """Read "itc,itm": which of OBJECTIVES to learn. Raises TrainingError if one does not exist."""
+    chosen = tuple(name.strip() for name in names.split(","))
+    if unknown := set(chosen) - set(OBJECTIVES):
+        raise TrainingError(f"There is no objective {', '.join(sorted(unknown))}.")
+    return chosen
+
+
+def save_stage1(model: Blip2Stage1, folder: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write stage1.json, stage1.safetensors and tokenizer.json into `folder`."""
     state = {name: x.to(dtype) for name, x in model.state_dict().items()}
     save_tensors(state, folder / "stage1.safetensors")
     save_json(asdict(model.config), folder / "stage1.json")
-    tokenizer.save(folder / "tokenizer.json")
+    model.tokenizer.save(folder / "tokenizer.json")
 
 
-def load_stage1(folder: Path) -> tuple[Blip2Stage1, Tokenizer]:
+def load_stage1(folder: Path) -> Blip2Stage1:
     """Read what `save_stage1` wrote, into float32. Raises WeightsError."""
     try:
         sizes = json.loads((folder / "stage1.json").read_text())
         config = Stage1Config(**sizes | {"qformer": QFormerConfig(**sizes["qformer"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{folder} holds no readable stage1.json: {error}") from error
-    model = Blip2Stage1(config)
+    model = Blip2Stage1(config, Tokenizer(folder / "tokenizer.json"))
     load_strictly(model, load_tensors(folder / "stage1.safetensors")[0])
-    return model.eval(), Tokenizer(folder / "tokenizer.json")
+    model.pretrained = set(model.state_dict())
+    return model.eval()

@@ -1,16 +1,17 @@
 """Training of both stages on one CPU, one GPU or many, through Hugging Face Accelerate.
 
-Everything random in a step is drawn from (seed, step), so a run that was killed and resumed goes on
-exactly as if it had never stopped, and nothing about random generators need be saved.
+Everything random in a step is drawn from (seed, step, rank), so a run that was killed and resumed
+goes on exactly as if it had never stopped, and nothing about random generators need be saved.
 """
 
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
@@ -22,37 +23,19 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from blip2_edu.app.hardware import native_bfloat16
+from blip2_edu.app.options import Stage1Training, TrainingConfig
 from blip2_edu.blip2 import Blip2
-from blip2_edu.checkpoints.tensors import load_tensors, save_tensors
+from blip2_edu.checkpoints.runs import METRICS, open_run, save_state, trainable_state
+from blip2_edu.checkpoints.tensors import save_tensors
 from blip2_edu.data.batches import Batch, Mixture, Source
 from blip2_edu.data.examples import Examples
 from blip2_edu.data.features import FeatureCache
-from blip2_edu.errors import UserError
+from blip2_edu.errors import TrainingError
 from blip2_edu.evaluation import retrieval, writing_scores
 from blip2_edu.language import split_prefix
-from blip2_edu.stage1 import OBJECTIVES, Blip2Stage1
-from blip2_edu.text import Tokenizer
+from blip2_edu.stage1 import Blip2Stage1, parse_objectives
 
-
-class TrainingError(UserError, RuntimeError):
-    """Training cannot go on; the message is one sentence for the user."""
-
-
-@dataclass
-class TrainingConfig:
-    """How a run learns. `folder` receives `metrics.jsonl`, the last state and the best model."""
-
-    folder: Path
-    epochs: float = 10
-    learning_rate: float = 1e-4  # of parameters that start pretrained
-    learning_rate_new: float = 3e-4  # of parameters that start random
-    weight_decay: float = 0.05
-    warmup: float = 0.05  # share of all steps
-    max_grad_norm: float = 1.0
-    gradient_accumulation: int = 1
-    evaluate_every: int = 200  # steps; a state is saved as often
-    seed: int = 0
-    tensorboard: bool = False
+Model = TypeVar("Model", Blip2Stage1, Blip2)
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
@@ -77,33 +60,73 @@ def parameter_groups(model: nn.Module, pretrained: set[str], config: TrainingCon
 
 
 def fit(
-    model: nn.Module,
+    model: Model,
     batches: Source | Mixture,
     prepare: Callable[[Batch], dict],
-    evaluate: Callable[[nn.Module], tuple[float, dict[str, float]]],
-    pretrained: set[str],
+    evaluate: Callable[[Model], tuple[float, dict[str, float]]],
     config: TrainingConfig,
     resume: bool = False,
-) -> nn.Module:
+) -> Model:
     """Train `model`, whose forward returns losses by name, on their sum; returns it.
 
+    model       its `pretrained` names the parameters that learn at the lower rate
     batches     what to learn from
     prepare     what the model's forward is called with, from a batch
     evaluate    the score that decides which model is best, higher is better, and all metrics
-    pretrained  names of the parameters that learn at the lower rate
 
     Raises TrainingError when the loss is not finite or there is nothing to resume.
     """
+    accelerator = start_accelerator(config)
+    steps = count_steps(batches, config, accelerator.num_processes)
+    model.to(accelerator.device)
+    groups = parameter_groups(model, model.pretrained, config)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    start, best = open_run(config.folder, model, optimizer, resume, accelerator.is_main_process)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    bar = tqdm(
+        range(start, steps), initial=start, total=steps, disable=not accelerator.is_main_process
+    )
+    for step in bar:
+        factor = learning_rate_factor(step, steps, max(1, int(config.warmup * steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        losses = train_step(accelerator, wrapped, optimizer, batches, prepare, config, step)
+        record(accelerator, config, "train", step, losses)
+        bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
+        if (step + 1) % config.evaluate_every == 0 or step + 1 == steps:
+            model.eval()
+            if accelerator.is_main_process:
+                with torch.no_grad(), accelerator.autocast():
+                    score, metrics = evaluate(model)
+                record(accelerator, config, "evaluation", step, metrics)
+                said = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+                bar.write(f"step {step + 1}: {said}")
+                if score > best:
+                    best = score
+                    save_tensors(trainable_state(model), config.folder / "best.safetensors")
+                save_state(config.folder / "state.safetensors", model, optimizer, step + 1, best)
+            accelerator.wait_for_everyone()
+    return model.eval()
+
+
+def start_accelerator(config: TrainingConfig) -> Accelerator:
+    """Devices, processes and precision, from what there is. Raises TrainingError."""
     if config.tensorboard and not is_tensorboard_available():
         raise TrainingError("TensorBoard is missing: run `python -m pip install tensorboard`.")
     accelerator = Accelerator(
-        mixed_precision="bf16" if native_bfloat16(PartialState().device) else "no",
+        mixed_precision="bf16" if native_bfloat16(PartialState().device or "cpu") else "no",
         log_with="tensorboard" if config.tensorboard else None,
         project_dir=config.folder,
         # A head whose objective is left out takes no part in the backward pass.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    rank, processes = accelerator.process_index, accelerator.num_processes
+    if config.tensorboard:
+        accelerator.init_trackers("")
+    return accelerator
+
+
+def count_steps(batches: Source | Mixture, config: TrainingConfig, processes: int) -> int:
+    """Steps of the whole run. Raises TrainingError if the data do not fill one."""
     steps = int(config.epochs * batches.steps_per_epoch(processes)) // config.gradient_accumulation
     if steps == 0:
         raise TrainingError("The data do not fill one step: use a smaller --batch-size.")
@@ -113,172 +136,101 @@ def fit(
                 f"A source of {len(source.usable)} images does not fill a batch of "
                 f"{source.batch_size}: use a smaller --batch-size or --questions-per-step."
             )
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, pretrained, config), betas=(0.9, 0.98), fused=True
-    )
-    state_file, start, best = config.folder / "state.safetensors", 0, -math.inf
-    metrics_file = config.folder / "metrics.jsonl"
-    model.to(accelerator.device)
-    if resume and not config.folder.exists():
-        raise TrainingError(f"There is no run in {config.folder} to resume.")
-    if resume and state_file.exists():  # else it was killed before its first state
-        start, best = load_state(state_file, model, optimizer)
-    elif state_file.exists():
-        raise TrainingError(
-            f"{config.folder} holds a run already: add --resume, or name another folder."
-        )
-    if accelerator.is_main_process:
-        config.folder.mkdir(parents=True, exist_ok=True)
-        keep_metrics_before(metrics_file, start)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    if config.tensorboard:
-        accelerator.init_trackers("")
-
-    def record(kind: str, step: int, values: dict[str, float]) -> None:
-        if accelerator.is_main_process:
-            with metrics_file.open("a") as file:
-                file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")
-        if config.tensorboard:
-            accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step)
-
-    bar = tqdm(
-        range(start, steps), initial=start, total=steps, disable=not accelerator.is_main_process
-    )
-    for step in bar:
-        factor = learning_rate_factor(step, steps, max(1, int(config.warmup * steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        wrapped.train()
-        for part in range(config.gradient_accumulation):
-            small_step = step * config.gradient_accumulation + part
-            torch.manual_seed(hash((config.seed, small_step, rank)) % 2**63)
-            batch = prepare(batches.batch(small_step, rank, processes))
-            batch = send_to_device(batch, accelerator.device)
-            last = part == config.gradient_accumulation - 1
-            with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(wrapped):
-                losses = wrapped(**batch)
-                loss = sum(losses.values()) / config.gradient_accumulation
-                if not torch.isfinite(loss):
-                    raise TrainingError(_not_finite(losses, step, state_file))
-                accelerator.backward(loss)
-        norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
-        if not torch.isfinite(norm):  # a step with it would make every parameter NaN
-            raise TrainingError(_not_finite({"gradient": norm}, step, state_file))
-        optimizer.step()
-        optimizer.zero_grad()
-        values = {name: value.item() for name, value in losses.items()}
-        record("train", step, values)
-        bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()})
-        if (step + 1) % config.evaluate_every == 0 or step + 1 == steps:
-            wrapped.eval()
-            if accelerator.is_main_process:
-                with torch.no_grad(), accelerator.autocast():
-                    score, metrics = evaluate(model)
-                record("evaluation", step, metrics)
-                said = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
-                bar.write(f"step {step + 1}: {said}")
-                if score > best:
-                    best = score
-                    save_tensors(trainable_state(model), config.folder / "best.safetensors")
-                save_state(state_file, model, optimizer, step + 1, best)
-            accelerator.wait_for_everyone()
-    return model
+    return steps
 
 
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that learn, by name: what a checkpoint holds."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def train_step(
+    accelerator: Accelerator,
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Source | Mixture,
+    prepare: Callable[[Batch], dict],
+    config: TrainingConfig,
+    step: int,
+) -> dict[str, float]:
+    """Learn from the batches of one step; returns the losses of the last of them."""
+    rank, parts = accelerator.process_index, config.gradient_accumulation
+    wrapped.train()
+    for part in range(parts):
+        number = step * parts + part
+        torch.manual_seed(seed_of(config.seed, number, rank))
+        batch = prepare(batches.batch(number, rank, accelerator.num_processes))
+        batch = send_to_device(batch, accelerator.device)
+        last = part == parts - 1
+        with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(wrapped):
+            losses = wrapped(**batch)
+            loss = sum(losses.values()) / parts
+            if not torch.isfinite(loss):
+                raise TrainingError(_not_finite(losses, step, config.folder))
+            accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+    if not torch.isfinite(norm):  # a step with it would make every parameter NaN
+        raise TrainingError(_not_finite({"gradient": norm}, step, config.folder))
+    optimizer.step()
+    optimizer.zero_grad()
+    return {name: value.item() for name, value in losses.items()}
 
 
-def save_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, best: float
+def seed_of(*numbers: int) -> int:
+    """One seed from several numbers, the same on every machine and in every Python."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def record(
+    accelerator: Accelerator, config: TrainingConfig, kind: str, step: int, values: dict[str, float]
 ) -> None:
-    """Everything a run needs to go on, in one file: parameters and AdamW's two moments."""
-    parameters = trainable_state(model)
-    tensors = {f"model.{name}": p for name, p in parameters.items()}
-    for name, parameter in parameters.items():
-        for moment, value in optimizer.state[parameter].items():
-            tensors[f"optimizer.{moment}.{name}"] = value
-    save_tensors(tensors, path, {"step": str(step), "best": repr(best)})
+    """Add a line to the metrics; kind is train or evaluation."""
+    if accelerator.is_main_process:
+        with (config.folder / METRICS).open("a") as file:
+            file.write(json.dumps({"step": step, "kind": kind} | values) + "\n")
+    if config.tensorboard:
+        accelerator.log({f"{kind}/{name}": value for name, value in values.items()}, step)
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Put back what `save_state` wrote; returns the step to go on with and the best score yet.
-
-    Raises TrainingError if it is the state of another model.
-    """
-    tensors, metadata = load_tensors(path)
-    parameters = trainable_state(model)
-    saved = {name: x.shape for name, x in tensors.items() if name.startswith("model.")}
-    if saved != {f"model.{name}": parameter.shape for name, parameter in parameters.items()}:
-        raise TrainingError(f"{path} is of another model: resume with the options of its run.")
-    for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[f"model.{name}"])
-        if f"optimizer.step.{name}" in tensors:  # not of a head whose objective is left out
-            optimizer.state[parameter] = {
-                moment: tensors[f"optimizer.{moment}.{name}"].to(parameter.device)
-                for moment in ("step", "exp_avg", "exp_avg_sq")
-            }
-    return int(metadata["step"]), float(metadata["best"])
-
-
-def keep_metrics_before(path: Path, step: int) -> None:
-    """Drop the lines that a killed run wrote after its last saved state, the last perhaps half."""
-    if path.exists():
-        whole = [line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"]
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(line for line in whole if json.loads(line)["step"] < step))
-        aside.replace(path)
-
-
-def _not_finite(losses: dict[str, Tensor], step: int, state_file: Path) -> str:
+def _not_finite(losses: dict[str, Tensor], step: int, folder: Path) -> str:
     values = ", ".join(f"{name} {value.item()}" for name, value in losses.items())
+    state_file = folder / "state.safetensors"
     kept = f"the state in {state_file} is from before" if state_file.exists() else "no state yet"
     return f"Not a finite number at step {step} ({values}); {kept}: try a lower learning rate."
 
 
 def train_stage1(
     model: Blip2Stage1,
-    tokenizer: Tokenizer,
     batches: Source | Mixture,
     validation: tuple[Examples, FeatureCache],
-    pretrained: set[str],
-    config: TrainingConfig,
-    objectives: Collection[str] = OBJECTIVES,
-    itm_pairs: int | None = None,
-    hard_negatives: bool = True,
+    config: Stage1Training,
     resume: bool = False,
 ) -> Blip2Stage1:
-    """Stage 1 (paper, section 3.1); the best model is the one with the highest TR@1 + IR@1."""
+    """Stage 1 (paper, section 3.2); the best model is the one with the highest TR@1 + IR@1."""
+    objectives = parse_objectives(config.objectives)
 
     def prepare(batch: Batch) -> dict:
-        text_ids, text_mask = tokenizer(batch.texts)
+        text_ids, text_mask = model.tokenizer(batch.texts)
         return {
             "image_features": batch.image_features,
             "text_ids": text_ids,
             "text_mask": text_mask,
             "image_ids": batch.image_ids,
             "objectives": objectives,
-            "itm_pairs": itm_pairs,
-            "hard_negatives": hard_negatives,
+            "itm_pairs": config.itm_pairs,
+            "hard_negatives": config.hard_negatives,
         }
 
     def evaluate(model: Blip2Stage1) -> tuple[float, dict[str, float]]:
-        scores = retrieval(model, tokenizer, *validation)
+        scores = retrieval(model, *validation)
         return scores["TR@1"] + scores["IR@1"], scores
 
-    return fit(model, batches, prepare, evaluate, pretrained, config, resume)
+    return fit(model, batches, prepare, evaluate, config, resume)
 
 
 def train_stage2(
     model: Blip2,
     batches: Source | Mixture,
     validation: list[tuple[Examples, FeatureCache]],
-    pretrained: set[str],
     config: TrainingConfig,
     resume: bool = False,
 ) -> Blip2:
-    """Stage 2 (paper, section 3.2); the best model has the highest CIDEr + VQA accuracy.
+    """Stage 2 (paper, section 3.3); the best model has the highest CIDEr + VQA accuracy.
 
     validation: data with captions, with questions or with both, already cut to a size that is
     quick to write texts for. A score that several of them have is their mean. An encoder-decoder
@@ -294,7 +246,7 @@ def train_stage2(
             asked = [prompts.caption] * len(batch.image_features)
             if model.language_model.is_encoder_decoder:  # it reads how a caption begins
                 beginnings, texts = zip(*map(split_prefix, texts), strict=True)
-                asked = [f"{prompt} {some}" for prompt, some in zip(asked, beginnings, strict=True)]
+                asked = [f"{prompts.caption} {beginning}" for beginning in beginnings]
         return {
             "image_features": batch.image_features,
             "prompts": asked,
@@ -302,11 +254,11 @@ def train_stage2(
         }
 
     def evaluate(model: Blip2) -> tuple[float, dict[str, float]]:
-        each = [writing_scores(model, *some, num_beams=1) for some in validation]
+        each = [writing_scores(model, *held_out, num_beams=1) for held_out in validation]
         scores = {}
-        for name in {name: None for some in each for name in some}:  # in the order they came
-            values = [some[name] for some in each if name in some]
+        for name in {name: None for found in each for name in found}:  # in the order they came
+            values = [found[name] for found in each if name in found]
             scores[name] = sum(values) / len(values)
         return scores.get("CIDEr", 0.0) + scores.get("VQA", 0.0), scores
 
-    return fit(model, batches, prepare, evaluate, pretrained, config, resume)
+    return fit(model, batches, prepare, evaluate, config, resume)

@@ -11,6 +11,7 @@ width of a feature.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor, nn
 from blip2_edu.checkpoints.embedded import embedded_file
 from blip2_edu.checkpoints.published import checkpoint_folder, load_whole, loading
 from blip2_edu.errors import WeightsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IMAGE_SIZE = 224
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -41,14 +45,14 @@ class ImageEncoder(nn.Module):
         self,
         name: str,
         network: nn.Module,
-        extract: Callable[[nn.Module, Tensor], Tensor],
+        extract: Callable[[Any, Tensor], Tensor],
         *,
         width: int,
         grid: tuple[int, int],
         num_prefix_tokens: int,
         image_size: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
+        mean: Sequence[float],
+        std: Sequence[float],
     ):
         super().__init__()
         self.name, self.width, self.grid = name, width, grid
@@ -160,7 +164,7 @@ def _load_vision_tower(name: str) -> ImageEncoder:
 
 def from_vision_tower(
     name: str,
-    network: nn.Module,
+    network: "PreTrainedModel",
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> ImageEncoder:
@@ -181,6 +185,6 @@ def from_vision_tower(
         grid=(side, side),
         num_prefix_tokens=length - side * side,
         image_size=config.image_size,
-        mean=tuple(mean),
-        std=tuple(std),
+        mean=mean,
+        std=std,
     )

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from blip2_edu.blip2 import Blip2, ImageSource
+from blip2_edu.bridges import QFormerBridge
 from blip2_edu.images import open_image
 from blip2_edu.seeing import attention_maps
 
@@ -133,7 +134,7 @@ def plain(text: str, width: int = 90) -> str:
 
 def architecture_figure(model: Blip2) -> Figure:
     """BLIP-2 from image to text (paper, figures 1 and 3), with the sizes of this model."""
-    encoder, language, sizes = model.image_encoder, model.language_model, model.config.qformer
+    encoder, bridge, language = model.image_encoder, model.bridge, model.language_model
     figure = Figure(figsize=(11, 3.9), dpi=100)
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, 110), ylim=(0, 39))
@@ -166,21 +167,25 @@ def architecture_figure(model: Blip2) -> Figure:
     box(24, 15, "Image encoder", FROZEN, f"{plain(encoder.name, 18)}\n{count(encoder)}")
     tokens(36.5, 22, 0, 1.9, FROZEN)
     write(36.5, 12, f"{encoder.num_features} features\nof {encoder.width}")
-    box(48, 14, "Q-Former", LEARNS, f"{sizes.num_layers} blocks\n{count(model.qformer)}")
-    tokens(48, 7.5, 1.9, 0, LEARNS)
-    write(48, 3.5, f"{sizes.num_queries} learned queries of {sizes.width}")
-    projection = nn.ModuleList([model.language_projection, model.soft_prompt_norm])
-    box(64, 10.5, "Projection", LEARNS, f"linear\n{count(projection)}")
+    if isinstance(bridge, QFormerBridge):
+        sizes = bridge.config.qformer
+        box(48, 14, "Q-Former", LEARNS, f"{sizes.num_layers} blocks\n{count(bridge.qformer)}")
+        tokens(48, 7.5, 1.9, 0, LEARNS)
+        write(48, 3.5, f"{sizes.num_queries} learned queries of {sizes.width}")
+        projection = nn.ModuleList([bridge.language_projection, bridge.soft_prompt_norm])
+        box(64, 10.5, "Projection", LEARNS, f"linear\n{count(projection)}")
+        arrow((48, 8.8), (48, 13.7))
+        arrow((55.3, 22), (58.4, 22))
+    else:
+        box(55, 28, type(bridge).__name__, LEARNS, count(bridge))
     tokens(74, 22, 0, 1.9, LEARNS)
-    write(74, 12, f"soft prompt:\n{sizes.num_queries} vectors\nof {language.width}")
+    write(74, 12, f"soft prompt:\n{bridge.num_queries} vectors\nof {language.width}")
     box(87, 17, "Language model", FROZEN, f"{plain(language.name, 18)}\n{count(language)}")
     write(87, 6, "words of the prompt\nor a question", 10)
     write(104, 22, "a caption\nor an answer", 10, style="italic")
-    for start, end in ((12.5, 16.2), (31.8, 35.2), (37.8, 40.7), (55.3, 58.4), (69.5, 72.7)):
+    for start, end in ((12.5, 16.2), (31.8, 35.2), (37.8, 40.7), (69.5, 72.7), (75.3, 78.2)):
         arrow((start, 22), (end, 22))
-    for start, end in ((75.3, 78.2), (95.8, 98.8)):
-        arrow((start, 22), (end, 22))
-    arrow((48, 8.8), (48, 13.7))
+    arrow((95.8, 22), (98.8, 22))
     arrow((87, 8.6), (87, 13.7))
     write(55, 35.5, "BLIP-2: the bridge learns, the models on either side stay as they are", 13)
     return figure

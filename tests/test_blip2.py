@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from transformers import Blip2Config as TheirConfig
 from transformers import Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig
 
 from blip2_edu import blip2
-from blip2_edu.blip2 import Blip2, Blip2Config, Prompts, learned_state
+from blip2_edu.blip2 import Blip2, Prompts
+from blip2_edu.bridges import QFormerBridge, QFormerBridgeConfig
 from blip2_edu.errors import WeightsError
 from blip2_edu.images import ImageError
 from blip2_edu.training import TrainingConfig, parameter_groups
@@ -104,7 +106,7 @@ def test_embeddings_and_matches(model):
         alone = model.match(images[1], one)
         torch.testing.assert_close(alone.score, scores.score[i : i + 1], **CLOSE)
         torch.testing.assert_close(alone.probability, scores.probability[i : i + 1], **CLOSE)
-    ids, mask = model.tokenizer(texts)
+    ids, mask = model.stage1.tokenizer(texts)
     features = model.encode_images(images[1]).expand(3, -1, -1)
     logits = model.stage1.match(model.stage1.project_image(features), ids, mask)
     torch.testing.assert_close(scores.score, logits[:, 1] + scores.similarity, **CLOSE)
@@ -118,8 +120,7 @@ def test_a_bad_image_is_an_image_error(model, tmp_path):
 
 
 def test_without_stage_1_it_writes_but_does_not_match(model):
-    writer = Blip2(model.config, model.image_encoder, model.language_model)
-    writer.load_state_dict(learned_state(model), strict=False)
+    writer = Blip2(model.config, model.image_encoder, model.bridge, model.language_model)
     assert writer.caption(photos(2), **SHORT) == model.caption(photos(2), **SHORT)
     for use in (writer.embed_image, writer.embed_text, lambda x: writer.match(x, "a dog")):
         with pytest.raises(WeightsError, match="no stage-1 heads"):
@@ -146,14 +147,14 @@ def test_round_trip_in_half_precision(model, tmp_path):
     model.save_pretrained(tmp_path)
     again = Blip2.from_pretrained(tmp_path)
     assert all(p.dtype == torch.float32 for p in again.parameters())
-    before, after = learned_state(model), learned_state(again)
+    before, after = model.bridge.state_dict(), again.bridge.state_dict()
     assert before.keys() == after.keys()
     for name, x in before.items():
         assert torch.equal(x.half().float(), after[name])
 
 
 def test_round_trip_without_stage_1(model, tmp_path):
-    writer = Blip2(model.config, model.image_encoder, model.language_model).eval()
+    writer = Blip2(model.config, model.image_encoder, model.bridge, model.language_model)
     writer.save_pretrained(tmp_path, torch.float32)
     again = Blip2.from_pretrained(tmp_path)
     assert again.stage1 is None
@@ -161,44 +162,43 @@ def test_round_trip_without_stage_1(model, tmp_path):
 
 
 def test_start_from_stage_1(model):
-    fresh = Blip2(model.config, model.image_encoder, model.language_model, model.stage1)
-    copied = fresh.start_from_stage1()
-    state = fresh.state_dict()
-    assert copied == {k for k in state if k.split(".")[0] in ("qformer", "image_norm")}
     learned = model.stage1.state_dict()
+    model.stage1.pretrained = set(learned)
+    fresh = Blip2.from_stage1(model.stage1, model.image_encoder, model.language_model)
+    state, copied = fresh.bridge.state_dict(), fresh.bridge.pretrained
+    assert copied == {k for k in state if k.split(".")[0] in ("qformer", "image_norm")}
     assert all(torch.equal(state[name], learned[name]) for name in copied)
+    assert fresh.pretrained == {f"bridge.{name}" for name in copied}
+    assert not fresh.training and fresh.config.prompts == Prompts.opt()
 
 
 def test_only_the_bridge_learns(model):
     """The optimiser's list, by hand; then a step of training moves all of it and nothing else."""
-    parts = ("image_norm", "qformer", "language_projection", "soft_prompt_norm")
-    trained = Blip2(model.config, model.image_encoder, model.language_model, model.stage1).train()
+    trained = Blip2.from_stage1(model.stage1, model.image_encoder, model.language_model).train()
     groups = parameter_groups(trained, set(), TrainingConfig(Path()))
     names = {parameter: name for name, parameter in trained.named_parameters()}
     listed = [names[p] for group in groups for p in group["params"]]
-    expected = {
-        f"{part}.{n}" for part in parts for n, _ in getattr(trained, part).named_parameters()
-    }
+    expected = {f"bridge.{name}" for name, _ in trained.bridge.named_parameters()}
     assert len(listed) == len(set(listed)) and set(listed) == expected
 
     frozen = trained.image_encoder, trained.language_model, trained.stage1
     hashes = [state_hash(part) for part in frozen]
-    before = {name: x.clone() for name, x in learned_state(trained).items()}
+    before = {name: x.clone() for name, x in trained.bridge.state_dict().items()}
     optimizer = torch.optim.AdamW(groups, lr=1e-2)
     features = trained.encode_images(photos(2))
     losses = trained(features, [trained.config.prompts.caption] * 2, ["a dog", "a car", "b", "c"])
     sum(losses.values()).backward()
     optimizer.step()
     assert [state_hash(part) for part in frozen] == hashes
-    unmoved = [n for n, x in learned_state(trained).items() if torch.equal(x, before[n])]
+    unmoved = [n for n, x in trained.bridge.state_dict().items() if torch.equal(x, before[n])]
     # A bias on all keys alike moves no softmax, so it has no gradient but rounding.
     assert not [name for name in unmoved if not name.endswith("attention.key.bias")]
 
 
 def test_the_soft_prompt_starts_as_large_as_the_words(model):
-    fresh = Blip2(model.config, model.image_encoder, model.language_model)
+    fresh = Blip2.from_stage1(model.stage1, model.image_encoder, model.language_model)
     words = model.language_model.network.get_input_embeddings().weight
-    soft = fresh.soft_prompt(model.encode_images(photos(4)))
+    soft = fresh.bridge(model.encode_images(photos(4)))
     torch.testing.assert_close(soft.std(), words.std(), atol=0, rtol=0.05)
 
 
@@ -244,8 +244,10 @@ def test_a_wrong_checkpoint_is_one_sentence(damage, model, saved, tmp_path):
     elif damage == "unknown setting":
         file.write_text(json.dumps(values | {"colour": "red"}))
     elif damage == "another size":
-        wider = replace(model.config, qformer=replace(model.config.qformer, feed_forward_width=50))
-        Blip2(wider, model.image_encoder, model.language_model).save_pretrained(saved)
+        wider = QFormerBridgeConfig(replace(small_models.QFORMER, feed_forward_width=50))
+        words = model.language_model.network.get_input_embeddings().weight
+        parts = model.image_encoder, QFormerBridge(wider, words), model.language_model
+        Blip2(model.config, *parts).save_pretrained(saved)
         (saved / "config.json").write_text(json.dumps(values))
     elif damage == "no language model":
         file.write_text(json.dumps(values | {"language_model": str(tmp_path / "gone")}))
@@ -293,7 +295,7 @@ def test_a_published_model_equals_transformers(kind, tmp_path):
     images = photos(3)
     pixels = ours.image_encoder.preprocess(images)
     soft = theirs.get_image_features(pixels).pooler_output
-    torch.testing.assert_close(ours.soft_prompt(ours.encode_images(images)), soft, **CLOSE)
+    torch.testing.assert_close(ours.bridge(ours.encode_images(images)), soft, **CLOSE)
 
     question = {"opt": "Question: what? Answer:", "t5": "Question: what? Short answer:"}[kind]
     for words, use in (
@@ -326,12 +328,12 @@ def test_a_published_model_trained_on_is_saved_and_read_again(kind, tmp_path):
     published(kind).save_pretrained(tmp_path / "hub")
     small_models.tokenizer(kind).save_pretrained(tmp_path / "hub")
     model = Blip2.from_pretrained(tmp_path / "hub")
-    randomise(model.qformer, seed=1)  # as training would move it
+    randomise(model.bridge.qformer, seed=1)  # as training would move it
     model.save_pretrained(tmp_path / "ours", torch.float32)
     again = Blip2.from_pretrained(tmp_path / "ours")
     features = model.encode_images(photos(2))
     assert torch.equal(again.encode_images(photos(2)), features)
-    assert torch.equal(again.soft_prompt(features), model.soft_prompt(features))
+    assert torch.equal(again.bridge(features), model.bridge(features))
     assert again.caption(photos(2)) == model.caption(photos(2))
 
 
@@ -359,13 +361,15 @@ def test_the_prompts():
         for prompt in (prompts.caption, prompts.question):
             assert prompt.count("{image}") == 1
         assert prompts.question.count("{question}") == 1 and "{question}" not in prompts.caption
-    assert Blip2Config(small_models.QFORMER).prompts == Prompts.smollm2()
+    smollm2 = SimpleNamespace(name="smollm2-135m")
+    assert Prompts.for_model(smollm2) == Prompts.smollm2()
 
 
 def test_an_encoder_that_does_not_fit_is_named(model):
-    config = replace(model.config, qformer=replace(model.config.qformer, image_width=7))
+    words = model.language_model.network.get_input_embeddings().weight
+    narrow = QFormerBridge(QFormerBridgeConfig(replace(small_models.QFORMER, image_width=7)), words)
     with pytest.raises(WeightsError, match="reads features of width 7, and .* gives"):
-        Blip2(config, model.image_encoder, model.language_model)
+        Blip2(model.config, model.image_encoder, narrow, model.language_model)
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -376,3 +380,34 @@ def test_for_use_the_language_model_is_in_the_quickest_precision(saved, monkeypa
     assert dtypes.pop("language_model") == (torch.bfloat16 if native else torch.float32)
     assert set(dtypes.values()) == {torch.float32}
     assert len(loaded.caption(photos(2), **SHORT)) == 2
+
+
+def test_an_image_is_read_once_for_all_its_questions_and_texts(model, monkeypatch):
+    passes, projected = [], []
+    hooks = [
+        model.bridge.qformer.register_forward_hook(lambda *_: passes.append(1)),
+        model.stage1.image_norm.register_forward_hook(lambda *_: projected.append(1)),
+    ]
+    model.answer(photos(1)[0], ["what?", "who?", "where?"], **SHORT)
+    model.match(photos(1)[0], ["a dog", "a car", "snow"])
+    for hook in hooks:
+        hook.remove()
+    assert (passes, projected) == ([1], [1])
+
+
+def test_a_checkpoint_of_before_bridges_could_be_swapped(model, tmp_path):
+    """It names the settings of its Q-Former side by side with everything else."""
+    model.save_pretrained(tmp_path, torch.float32)
+    values = json.loads((tmp_path / "config.json").read_text())
+    bridge = values.pop("bridge")
+    assert bridge.pop("kind") == "qformer"
+    (tmp_path / "config.json").write_text(json.dumps(bridge | values))
+    again = Blip2.from_pretrained(tmp_path)
+    assert again.caption(photos(2), **SHORT) == model.caption(photos(2), **SHORT)
+
+
+def test_answering_leaves_the_mode_as_it_is(model):
+    model.train()
+    model.caption(photos(1), **SHORT)
+    assert model.bridge.training
+    model.eval()

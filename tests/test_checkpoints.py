@@ -148,8 +148,8 @@ def test_configurations_too_are_written_whole_or_not_at_all(tmp_path, monkeypatc
     before = contents()
     for save in (
         lambda: model.save_pretrained(tmp_path / "model"),
-        lambda: save_stage1(model.stage1, model.tokenizer, tmp_path / "model", torch.float16),
-        lambda: model.tokenizer.save(tmp_path / "model" / "tokenizer.json"),
+        lambda: save_stage1(model.stage1, tmp_path / "model", torch.float16),
+        lambda: model.stage1.tokenizer.save(tmp_path / "model" / "tokenizer.json"),
     ):
         with pytest.raises(WeightsError) as caught:
             save()

@@ -20,7 +20,8 @@ from torch.testing import assert_close
 from blip2_edu import blip2, evaluation, language, training, vision
 from blip2_edu.app import cli, doctor
 from blip2_edu.app.cli import main
-from blip2_edu.app.train import blip2_from_stage1
+from blip2_edu.app.options import Stage1Options, Stage2Options
+from blip2_edu.app.train import new_blip2
 from blip2_edu.checkpoints import embedded, published
 from blip2_edu.checkpoints.tensors import load_tensors
 from blip2_edu.data import examples, features
@@ -227,7 +228,7 @@ def cut_weights(folder: Path) -> None:
 
 def other_sizes(folder: Path) -> None:
     values = json.loads((folder / "config.json").read_text())
-    values["qformer"]["num_queries"] += 1
+    values["bridge"]["qformer"]["num_queries"] += 1
     (folder / "config.json").write_text(json.dumps(values))
 
 
@@ -369,10 +370,12 @@ def small(monkeypatch, tmp_path):
     for module in (language, blip2):
         monkeypatch.setattr(module, "load_language_model", lambda *names: whole.language_model)
 
-    def start(num_queries, image_width):
-        return tiny.stage1(), tiny.tokenizer(tmp_path), {"qformer.norm.weight"}
+    def start(size, num_queries, image_width):
+        model = tiny.stage1(words=tiny.tokenizer(tmp_path))
+        model.pretrained = {"qformer.norm.weight"}
+        return model
 
-    monkeypatch.setattr("blip2_edu.app.train.stage1_from_minilm", start)
+    monkeypatch.setattr("blip2_edu.app.train.new_stage1", start)
     return whole
 
 
@@ -417,9 +420,12 @@ def test_both_stages_one_after_the_other(capsys, small, tmp_path):
 def test_another_language_model(capsys, tmp_path, kind):
     encoder = small_models.image_encoder(tmp_path / "encoder").name
     writer = small_models.save_language_model(kind, tmp_path / "language")
-    save_stage1(random_stage1(small_models.QFORMER, 0), tiny.tokenizer(tmp_path), tmp_path / "one")
+    reader = random_stage1(small_models.QFORMER, 0)
+    reader.tokenizer = tiny.tokenizer(tmp_path)
+    save_stage1(reader, tmp_path / "one")
 
-    model, _ = blip2_from_stage1(tmp_path / "one", 16, encoder, writer)
+    settings = {"stage1": tmp_path / "one", "encoder": encoder, "language_model": writer}
+    model = new_blip2(Stage2Options(folder=tmp_path / "run", validation=[], **settings))
     model.save_pretrained(tmp_path / "two")
     again = blip2.Blip2.from_pretrained(tmp_path / "two")
     ends = again.language_model.end_token, model.language_model.end_token
@@ -468,8 +474,8 @@ def test_data_without_what_is_learned(capsys, small, monkeypatch):
 def test_options_reach_the_configuration(capsys, small, monkeypatch, tmp_path):
     seen = {}
 
-    def train(model, tokenizer, batches, validation, pretrained, config, *rest):
-        seen.update(config=config, batches=batches, rest=rest)
+    def train(model, batches, validation, config, resume):
+        seen.update(config=config, batches=batches, resume=resume)
         raise training.TrainingError("enough")
 
     monkeypatch.setattr(training, "train_stage1", train)
@@ -484,13 +490,16 @@ def test_options_reach_the_configuration(capsys, small, monkeypatch, tmp_path):
         "seed": 7,
     }
     words = [w for name, x in options.items() for w in (f"--{name.replace('_', '-')}", str(x))]
-    words += ["--batch-size", "3", "--share", "0.7", "--keep-patches", "9"]
-    run(capsys, *STAGE1, *words, "--tensorboard", "--itm-pairs", "2", "--objectives", "itm,itc")
-    expected = training.TrainingConfig(Path("run"), tensorboard=True, **options)
-    assert seen["config"] == expected
+    words += ["--batch-size", "3", "--share", "0.7", "--keep-patches", "9", "--tensorboard"]
+    words += ["--itm-pairs", "2", "--objectives", "itm,itc", "--no-hard-negatives"]
+    run(capsys, *STAGE1, *words)
+    options |= {"itm_pairs": 2, "objectives": "itm,itc", "hard_negatives": False}
+    options |= {"batch_size": 3, "share": 0.7, "keep_patches": 9, "tensorboard": True}
+    data = {"data": ["scenes:4"], "validation": "scenes:2:1"}
+    assert seen["config"] == Stage1Options(Path("run"), **data, **options)
     (source,), share = seen["batches"].sources, seen["batches"].share
     assert (source.batch_size, source.keep_patches, share) == (3, 9, 0.7)
-    assert seen["rest"] == (["itm", "itc"], 2, True, False)
+    assert seen["resume"] is False
 
 
 # Weights and doctor ------------------------------------------------------------------------------
@@ -499,7 +508,7 @@ def test_options_reach_the_configuration(capsys, small, monkeypatch, tmp_path):
 def test_weights(capsys, monkeypatch, tmp_path):
     mini = tmp_path / "data" / "checkpoints" / "mini"
     mini.mkdir(parents=True)
-    monkeypatch.setattr(published, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(published, "CHECKPOINTS", tmp_path / "data" / "checkpoints")
     code, out, _ = run(capsys, "weights")
     assert code == 1 and "PROBLEM  mini" in out  # a folder with nothing in it
     (mini / "config.json").write_text("{}")

@@ -29,7 +29,7 @@ def mini(tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps({"format": 1}))
     save_file({"queries": torch.zeros(32, 384)}, folder / "stage2.safetensors")
     (folder / "SHA256SUMS").write_text(sums(folder))
-    monkeypatch.setattr(published, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(published, "CHECKPOINTS", tmp_path / "data" / "checkpoints")
     return folder
 
 

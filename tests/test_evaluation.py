@@ -58,7 +58,7 @@ class Setting:
         self.model = tiny.stage1().eval()
         with torch.no_grad():  # spread the scores: an untrained head says 0 to everything
             self.model.itm_head.weight.mul_(40)
-        self.tokenizer = tiny.tokenizer(folder)
+        self.tokenizer = self.model.tokenizer = tiny.tokenizer(folder)
         self.examples, self.features = tiny.captioned(9, 3), tiny.random_features(9)
         self.images, self.owner = list(range(9)), torch.arange(9).repeat_interleave(3)
         self.texts = [text for captions in self.examples.captions for text in captions]
@@ -75,7 +75,6 @@ class Setting:
     def rerank(self, k: int, **settings) -> tuple[torch.Tensor, torch.Tensor]:
         return rerank(
             self.model,
-            self.tokenizer,
             self.features,
             self.images,
             self.texts,
@@ -131,7 +130,7 @@ def test_a_pair_that_both_directions_want_is_scored_once(setting, monkeypatch):
 
 
 def test_retrieval_reports_itc_and_the_reranked_scores(setting):
-    scores = retrieval(setting.model, setting.tokenizer, setting.examples, setting.features, k=27)
+    scores = retrieval(setting.model, setting.examples, setting.features, k=27)
     expected = retrieval_scores(setting.similarity + setting.match, setting.owner)
     assert {name: scores[f"{name} re-ranked"] for name in expected} == pytest.approx(expected)
     plain_itc = retrieval_scores(setting.similarity, setting.owner)
@@ -145,8 +144,8 @@ def test_images_without_captions_do_not_count(setting):
     fewer = tiny.captioned(9, 3)
     fewer.captions = [fewer.captions[i] for i in left]
     features_of_fewer = evaluation.FeatureCache([features.views[0][left]])
-    assert retrieval(setting.model, setting.tokenizer, examples, features, k=3) == pytest.approx(
-        retrieval(setting.model, setting.tokenizer, fewer, features_of_fewer, k=3)
+    assert retrieval(setting.model, examples, features, k=3) == pytest.approx(
+        retrieval(setting.model, fewer, features_of_fewer, k=3)
     )
 
 

@@ -5,13 +5,18 @@ is the `x` of the notebook in `solutions/`; typical mistakes are in `tests/mista
 """
 
 import importlib
+import inspect
+import random
 import re
+from collections.abc import Callable
+from typing import get_origin
 
 import nbformat
 import pytest
+import torch
 from helpers.lessons import LESSONS, SOLUTIONS, code_cells, definitions
 
-from blip2_edu.exercises import Verdict, attempted, exercise, expect
+from blip2_edu.exercises import Verdict, attempted, exercise, expect, noise
 
 WITH_CHECKS = [path for path in LESSONS if path.stem[:2] != "00"]
 names = [path.stem for path in WITH_CHECKS]
@@ -92,6 +97,44 @@ def test_planted_mistakes_are_named(path):
             verdict = checks[name](wrong)
             assert verdict.passed is False, (name, words, verdict)
             assert words in verdict.message, (name, words, verdict)
+
+
+@pytest.mark.parametrize("path", WITH_CHECKS, ids=names)
+def test_every_check_says_what_it_takes(path):
+    for name, check in checks_of(path).items():
+        assert check.__doc__.startswith(f"{name.removeprefix('check_')}("), name
+        signature = inspect.signature(check)
+        (attempt,) = signature.parameters.values()
+        assert attempt.name == name.removeprefix("check_")
+        assert get_origin(attempt.annotation) is Callable, name
+        assert signature.return_annotation is str, name
+
+
+@pytest.mark.parametrize("path", WITH_CHECKS, ids=names)
+def test_all_that_is_random_in_a_check_comes_from_noise(path):
+    module = importlib.import_module(f"blip2_edu.exercises.lesson_{path.stem[:2]}")
+    others = r"import random|torch\.(?:rand|normal|bernoulli)|Generator|manual_seed|nn\.init"
+    assert re.findall(others, inspect.getsource(module)) == []
+
+
+def test_a_check_draws_the_same_again_and_leaves_the_students_numbers_alone():
+    @exercise
+    def check_drawn(drawn: Callable[[torch.Tensor], str]) -> str:
+        first, second = noise(3), noise(3)
+        expect(not torch.equal(first, second), "twice the same")
+        return drawn(first + second)
+
+    def drawn(x):
+        return f"{x.tolist()} {torch.rand(1).item()}"
+
+    torch.manual_seed(1)
+    after = torch.rand(2)
+    torch.manual_seed(1)
+    random.seed(1)
+    once = check_drawn(drawn)
+    assert once.passed and check_drawn(drawn) == once
+    assert torch.equal(torch.rand(2), after)
+    assert random.random() == random.Random(1).random()
 
 
 @exercise

@@ -1,5 +1,7 @@
 """Every kind of image becomes proper RGB; every fault becomes one sentence."""
 
+import asyncio
+import gzip
 import io
 import os
 import subprocess
@@ -13,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from blip2_edu import images
 from blip2_edu.images import ImageError, open_image
@@ -88,13 +90,23 @@ def test_pil_image_is_copied_not_changed():
     assert_close(source, quarters(), 0)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+# How the camera stored an upright picture: by the value of EXIF tag 0x0112.
+STORED = {
+    1: lambda image: image,
+    2: ImageOps.mirror,
+    3: lambda image: image.rotate(180),
+    4: ImageOps.flip,
+    5: lambda image: image.transpose(Image.Transpose.TRANSPOSE),
+    6: lambda image: image.rotate(90, expand=True),
+    7: lambda image: image.transpose(Image.Transpose.TRANSVERSE),
+    8: lambda image: image.rotate(270, expand=True),
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "PIL"])
 def test_exif_rotation(orientation, kind):
-    # What the camera stored is the upright picture turned by the inverse of what the tag asks for.
-    inverse = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-    turn = inverse.get(orientation, images.ORIENTATIONS.get(orientation))
-    stored = quarters() if turn is None else quarters().transpose(turn)
+    stored = STORED[orientation](quarters())
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(stored, "PNG" if kind == "PIL" else kind, exif=exif)
@@ -310,30 +322,48 @@ def server():
                 "to-file": "file:///etc/hostname",
                 "to-ftp": "ftp://127.0.0.1/a.png",
                 "to-good": "/good",
+                "to-good-endless": "/good",
                 "loop": "/loop",
+                "slow-loop": "/slow-loop",
+                **{f"hop-{n}": f"/hop-{n - 1}" for n in range(2, 7)},
+                "hop-1": "/good",
             }
+            bodies = {
+                "good": body,
+                "m%C3%BCde%20katze.png": body,
+                "cut": body,
+                "text": b"words",
+                "gzip": gzip.compress(body),
+                "gzip-bomb": gzip.compress(bytes(50_000_000)),
+                "gzip-twice": gzip.compress(gzip.compress(body)),
+                "gzip-damaged": body,
+            }
+            if kind == "silent" or kind == "slow-loop":
+                time.sleep(1 if kind == "silent" else 0.2)
             if kind in redirects:
                 self.send_response(302)
                 self.send_header("Location", redirects[kind])
-                self.end_headers()
-                return
-            if kind == "silent":
-                time.sleep(1)
-                return
-            if kind not in ("good", "m%C3%BCde%20katze.png", "endless", "drip", "cut", "text"):
+            elif kind in bodies or kind in ("endless", "drip", "drip-headers"):
+                self.send_response(200)
+            else:
                 self.send_error(404)
                 return
-            self.send_response(200)
             if kind == "cut":
                 self.send_header("Content-Length", str(len(body) + 100))
-            self.end_headers()
+            if kind.startswith("gzip"):
+                encoding = "gzip, gzip" if kind == "gzip-twice" else "gzip"
+                self.send_header("Content-Encoding", encoding)
             try:
-                while kind == "endless":
-                    self.wfile.write(bytes(1 << 16))
-                while kind == "drip":
+                if kind == "drip-headers":
+                    self.flush_headers()
+                else:
+                    self.end_headers()
+                while kind.startswith("drip"):
                     self.wfile.write(b"x")
                     time.sleep(0.02)
-                self.wfile.write(b"words" if kind == "text" else body)
+                while kind.endswith("endless"):
+                    self.wfile.write(bytes(1 << 16))
+                self.wfile.write(bodies.get(kind, b""))
             except OSError:
                 pass  # the client hung up, as it should
 
@@ -346,9 +376,18 @@ def server():
         running.shutdown()
 
 
-@pytest.mark.parametrize("path", ["good", "to-good", "müde katze.png"])
+@pytest.mark.parametrize(
+    "path", ["good", "to-good", "to-good-endless", "hop-5", "müde katze.png", "gzip"]
+)
 def test_url(server, path):
     assert_close(open_image(f"{server}/{path}"), quarters(), 0)
+
+
+def test_url_while_an_event_loop_runs(server):
+    async def cell():
+        return open_image(f"{server}/good")
+
+    assert_close(asyncio.run(cell()), quarters(), 0)
 
 
 @pytest.mark.parametrize(
@@ -358,11 +397,17 @@ def test_url(server, path):
         ("to-file", "not allowed"),
         ("to-ftp", "ftp"),
         ("loop", "HTTP Error 302"),
+        ("hop-6", "too many redirects"),
         ("endless", "larger than 1 MB"),
         ("silent", "timed out"),
         ("drip", "timed out"),
+        ("drip-headers", "timed out"),
+        ("slow-loop", "timed out"),
         ("cut", "broke off"),
         ("text", "convert it"),
+        ("gzip-bomb", "larger than 1 MB"),
+        ("gzip-twice", "convert it"),
+        ("gzip-damaged", "cannot be fetched"),
     ],
 )
 def test_bad_url(server, path, word, monkeypatch):
@@ -385,6 +430,7 @@ def test_bad_url(server, path, word, monkeypatch):
         ("ftp://127.0.0.1/a.png", "neither http nor https"),
         ("http://127.0.0.1:1/a.png", "cannot be fetched"),
         ("http://127.0.0.1:port/a.png", "cannot be fetched"),
+        ("http://127.0.0.1:99999/a.png", "cannot be fetched"),
         ("http:///a.png", "cannot be fetched"),
         ("http://[::1/a.png", "cannot be fetched"),
     ],
@@ -396,6 +442,7 @@ def test_impossible_url(url, word):
 
 
 def test_import_is_light():
-    code = "import sys, blip2_edu.images; print({'torch', 'transformers'} & set(sys.modules))"
+    heavy = {"torch", "transformers", "httpx"}
+    code = f"import sys, blip2_edu.images; print({heavy} & set(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert output.stdout.strip() == "set()"

@@ -3,13 +3,15 @@
 import pytest
 import torch
 from helpers import small_models
+from helpers.samples import randomise
 from safetensors.torch import load_file, save_file
 from test_vision import state_hash
 from torch import Tensor, nn
-from transformers import BloomConfig, FalconConfig
+from transformers import BloomConfig, BloomForCausalLM, FalconConfig, FalconForCausalLM
 
 from blip2_edu.errors import WeightsError
 from blip2_edu.language import IMAGE, LanguageModel, load_language_model, split_prefix
+from blip2_edu.packing import packed_logits
 
 PROMPTS = [f"see {IMAGE}:", f"{IMAGE}", f"a longer one {IMAGE} and more behind:"]
 TEXTS = ["a dog", "", "two cats on a mat", "x", "a man in red", "snow"]
@@ -206,8 +208,7 @@ def test_generation_writes_what_the_loss_finds_likeliest(model):
         eos_token_id=None,
         pad_token_id=small_models.PAD,
     )[:, -6:].contiguous()
-    logits = model._encoder_decoder_logits if model.is_encoder_decoder else model._decoder_logits
-    assert torch.equal(logits(embeddings, mask, ids, 1).argmax(dim=-1), ids.flatten())
+    assert torch.equal(model.logits(embeddings, mask, ids).argmax(dim=-1), ids.flatten())
 
 
 def test_sampling_follows_the_seed(model):
@@ -363,15 +364,70 @@ def test_smollm2_reads_a_soft_prompt():
     assert model.loss(soft, [prompt] * 2, answers) < 0.5
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2),
-        FalconConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, alibi=True),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_positions_that_cannot_be_given_are_refused(config, tmp_path):
-    config.save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="by ALiBi"):
-        load_language_model(str(tmp_path))
+ALIBI = {
+    "bloom": (BloomForCausalLM, BloomConfig(hidden_size=24, n_layer=2, n_head=3)),
+    "falcon": (
+        FalconForCausalLM,
+        FalconConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, alibi=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ALIBI)
+def test_a_model_that_tells_positions_by_alibi(kind):
+    """It takes no position numbers, so its texts are read one by one: as if each stood alone."""
+    network_class, config = ALIBI[kind]
+    config.vocab_size = small_models.VOCABULARY
+    network = randomise(network_class(config), 1).eval()
+    model = LanguageModel(kind, network, small_models.tokenizer("opt"), "\n")
+    assert model.uses_alibi
+    soft, texts = soft_prompts(2), ["a dog", "", "two cats on a mat", "snow"]
+    each = [
+        negative_log_likelihood(model, soft[i // 2], PROMPTS[i // 2], text)
+        for i, text in enumerate(texts)
+    ]
+    expected = sum(one for one, _ in each) / sum(count for _, count in each)
+    loss = model.loss(soft, PROMPTS[:2], texts)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    gradients = [torch.autograd.grad(x, soft)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*gradients, **CLOSE)
+    settings = {"do_sample": False, "max_new_tokens": 5}
+    for beams in (1, 3):
+        both = model.generate(soft.detach(), PROMPTS[:2], num_beams=beams, **settings)
+        alone = [
+            model.generate(soft[i : i + 1].detach(), [PROMPTS[i]], num_beams=beams, **settings)[0]
+            for i in range(2)
+        ]
+        assert both == alone
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_the_packed_logits_equal_the_plain_ones(model, copies):
+    if model.is_encoder_decoder:
+        pytest.skip("only decoders are packed")
+    soft = soft_prompts(2)
+    embeddings, mask = model.embed_prompts(soft, PROMPTS[:2])
+    labels = model.label_ids(["a dog", "the cat runs in snow", "on", "a", "red car", "grass"])
+    labels = labels[: 2 * copies]
+    packed = packed_logits(model.network, embeddings, mask, labels, copies)
+    repeated = (x.repeat_interleave(copies, dim=0) for x in (embeddings, mask))
+    plain = model.logits(*repeated, labels)
+    torch.testing.assert_close(packed, plain, atol=1e-5, rtol=1e-5)
+    weights = torch.randn(packed.shape, generator=torch.Generator().manual_seed(0))
+    gradients = [
+        torch.autograd.grad((x * weights).sum(), soft, retain_graph=True)[0]
+        for x in (packed, plain)
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_an_end_that_the_tokenizer_does_not_know_is_one_sentence():
+    with pytest.raises(WeightsError, match="has no token for ''") as error:
+        small_models.language_model("opt", end_of_text="")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("end", [[7], 7])
+def test_a_published_checkpoint_decides_its_end_token(end):
+    model = small_models.language_model("opt", end_of_text=end)
+    assert model.end_token == 7

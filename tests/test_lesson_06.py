@@ -133,10 +133,10 @@ def test_tokens():
     assert words[1] == ["[CLS]", "orange", "star", "[PAD]", "[PAD]", "[PAD]"]
 
 
-def test_principal_components_have_equal_spread_and_places_are_added():
+def test_principal_components_have_equal_spread_and_positions_are_added():
     features = torch.randn(40, 49, 6) @ torch.randn(6, 6) + 3
     mean, basis = LESSON["principal_components"](features, width=4)
-    found = LESSON["with_places"](features, mean, basis)
+    found = LESSON["with_positions"](features, mean, basis)
     assert found.shape == (40, 49, 4 + 16)
     torch.testing.assert_close(
         torch.cov(found[..., :4].flatten(0, 1).T), torch.eye(4), atol=1e-3, rtol=0
@@ -206,7 +206,7 @@ def test_what_the_trained_ones_tell_apart(unseen):
     for name in ("random", "swapped"):
         model, log, exams, mean, basis = LESSON["load_checkpoint"](name)
         assert log.shape == (1500, 2) and exams.shape == (15, 4)
-        scores = LESSON["judge"](model, LESSON["with_places"](features, mean, basis), texts)
+        scores = LESSON["judge"](model, LESSON["with_positions"](features, mean, basis), texts)
         won[name] = torch.stack([LESSON["wins"](x) for x in scores])  # (ITC and ITM, 2 kinds)
     assert won["swapped"][1, 0] > 80 and (won["random"] < 80).all()
 
@@ -236,10 +236,11 @@ def test_reranking_equals_the_package(monkeypatch):
         rows = [int(text) for text in texts]
         return ids[rows], mask[rows]
 
+    model.tokenizer = tokenizer
     similarity = torch.rand(B, B)
     cache = SimpleNamespace(rows=lambda rows: features[list(rows)])
     for k in (2, B):
-        expected, _ = rerank(model, tokenizer, cache, list(range(B)), names, similarity, k)
+        expected, _ = rerank(model, cache, list(range(B)), names, similarity, k)
         near, best = similarity.topk(k, dim=1)
         monkeypatch.setitem(LESSON, "ProgressBar", range)
         match = LESSON["match_logits"](model, features, ids, mask, best)

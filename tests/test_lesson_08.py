@@ -16,8 +16,13 @@ from helpers.lessons import NOTEBOOKS, definitions
 from blip2_edu.app.train import train as train_command
 from blip2_edu.data.batches import Source
 from blip2_edu.objectives import itc_similarity
-from blip2_edu.stage1 import OBJECTIVES
-from blip2_edu.training import TrainingConfig, learning_rate_factor, parameter_groups, train_stage1
+from blip2_edu.training import (
+    Stage1Training,
+    learning_rate_factor,
+    parameter_groups,
+    seed_of,
+    train_stage1,
+)
 
 PATH = NOTEBOOKS / "08_stage1_training.ipynb"
 TEXTS = ["a dog on the grass", "the red car", "a cat sits", "a blue bird in snow"]
@@ -27,12 +32,13 @@ TEXTS = ["a dog on the grass", "the red car", "a cat sits", "a blue bird in snow
 def lesson(tmp_path, monkeypatch) -> dict:
     """What the notebook defines, with tiny stand-ins for the values that it had made by then."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    stage1, tokenizer = tiny.stage1(dropout=0.0).eval(), tiny.tokenizer(tmp_path)
+    tokenizer = tiny.tokenizer(tmp_path)
+    stage1 = tiny.stage1(dropout=0.0, words=tokenizer).eval()
     features = tiny.random_features(9).rows(range(9))
     with torch.no_grad():
         made = {
             "tokenizer": tokenizer,
-            "mini": SimpleNamespace(stage1=stage1, tokenizer=tokenizer),
+            "mini": SimpleNamespace(stage1=stage1),
             "photos": [tmp_path / f"photo{i}.jpg" for i in range(9)],
             "photo_features": features,
             "photo_embeddings": stage1.embed_image(features),
@@ -52,10 +58,11 @@ def in_lesson(lesson: dict, name: str):
 def test_the_step_by_hand_is_a_step_of_fit(lesson, tmp_path):
     source = Source(tiny.captioned(20), tiny.random_features(20), batch_size=4)
     held_out = (tiny.captioned(6, seed=1), tiny.random_features(6, seed=1))
-    config = TrainingConfig(tmp_path / "run", epochs=2, learning_rate_new=1e-3, warmup=0.2)
-    by_package = tiny.stage1()
-    how = (OBJECTIVES, 32, False)  # as the lesson has it: itm_pairs, hard_negatives
-    train_stage1(by_package, lesson["tokenizer"], source, held_out, set(), config, *how)
+    settings = {"epochs": 2, "learning_rate_new": 1e-3, "warmup": 0.2}
+    settings |= {"itm_pairs": 32, "hard_negatives": False}  # as the lesson has it
+    config = Stage1Training(tmp_path / "run", **settings)
+    by_package = tiny.stage1(words=lesson["tokenizer"])
+    train_stage1(by_package, source, held_out, config)
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     recorded = [line for line in lines if line["kind"] == "train"]
 
@@ -64,7 +71,7 @@ def test_the_step_by_hand_is_a_step_of_fit(lesson, tmp_path):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     assert len(recorded) == 10
     for step, line in enumerate(recorded):
-        torch.manual_seed(hash((0, step, 0)) % 2**63)
+        torch.manual_seed(seed_of(0, step, 0))
         batch, factor = source.batch(step, 0, 1), learning_rate_factor(step, 10, 2)
         losses = in_lesson(lesson, "take_step")(by_hand, optimizer, batch, factor)
         assert losses == pytest.approx({name: line[name] for name in losses}, abs=1e-6)

@@ -87,7 +87,7 @@ def test_what_stage_1_taught_is_taken_over(small_world, monkeypatch):
 def test_a_moved_reader_has_the_queries_of_stage_2_and_the_texts_of_stage_1(model, monkeypatch):
     monkeypatch.setitem(LESSON, "mini", model)
     reader = LESSON["moved_by"](model)
-    assert torch.equal(reader.qformer.query_tokens, model.qformer.query_tokens)
+    assert torch.equal(reader.qformer.query_tokens, model.bridge.qformer.query_tokens)
     assert not torch.equal(reader.qformer.query_tokens, model.stage1.qformer.query_tokens)
     words = "word_embeddings.weight"
     assert torch.equal(
@@ -145,7 +145,7 @@ def test_the_nucleus_is_transformers(top_p):
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.0])
 def test_a_beam_is_scored_as_transformers_does(model, features, penalty):
     language, prompts = model.language_model, [model.config.prompts.caption]
-    soft = model.soft_prompt(features[:1]).detach()
+    soft = model.bridge(features[:1]).detach()
     given, mask = language.embed_prompts(soft, prompts)
     found = language.network.generate(
         inputs_embeds=given,

@@ -27,7 +27,7 @@ def model(tmp_path_factory) -> Blip2:
 
 
 def test_the_map_by_hand_equals_the_packages(model):
-    features, text = model.encode_images(PHOTOS), model.tokenizer(TEXTS)
+    features, text = model.encode_images(PHOTOS), model.stage1.tokenizer(TEXTS)
     hooks_before = [len(module._forward_pre_hooks) for module in model.modules()]
     by_hand = LESSON["match_by_hand"](model.stage1, features, *text)
     torch.testing.assert_close(by_hand, match_relevance(model.stage1, features, *text))
@@ -52,7 +52,10 @@ def test_shuffling_keeps_the_numbers_and_the_frozen_models(model):
     assert other.image_encoder is model.image_encoder
     for name, x in model.state_dict().items():
         assert torch.equal(x, before[name]), name
-    readers = (model.qformer, other.qformer), (model.stage1.qformer, other.stage1.qformer)
+    readers = (
+        (model.bridge.qformer, other.bridge.qformer),
+        (model.stage1.qformer, other.stage1.qformer),
+    )
     for ours, theirs in readers:
         x, y = ours.query_tokens.flatten(), theirs.query_tokens.flatten()
         assert not torch.equal(x, y) and torch.equal(x.sort().values, y.sort().values)
@@ -133,13 +136,12 @@ def test_rollout_as_solved_equals_the_packages(model):
     from blip2_edu.seeing import attention_rollout
 
     blind = copy.deepcopy(model)
-    blind.qformer.layers = nn.ModuleList([model.qformer.layers[0]])
+    blind.bridge.qformer.layers = nn.ModuleList([model.bridge.qformer.layers[0]])
     with torch.no_grad():
-        features = blind.image_norm(blind.encode_images(PHOTOS))
-        read = blind.qformer(features, return_attention=True)
+        read = blind.bridge.look(blind.encode_images(PHOTOS))
     seen = [
         SOLVED["rollout"]([read.self_attention[0].mean(1)[i]], [read.cross_attention[0].mean(1)[i]])
         for i in range(2)
     ]
-    folded = SOLVED["fold_places"](torch.stack(seen), 1, 3)
+    folded = SOLVED["fold_patches"](torch.stack(seen), 1, 3)
     torch.testing.assert_close(folded, attention_rollout(blind, PHOTOS))

@@ -6,19 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import small_models, tiny
 from helpers.reference import retrieval_model
 from helpers.samples import random_image, random_qformer, random_text
 from torch import Tensor, nn
-from transformers import Blip2QFormerModel, OPTForCausalLM
+from transformers import Blip2QFormerModel
 
-from blip2_edu.blip2 import Blip2, Blip2Config
+from blip2_edu.bridges import QFormerBridge, QFormerBridgeConfig
 from blip2_edu.checkpoints.names import from_transformers
 from blip2_edu.checkpoints.tensors import load_strictly
-from blip2_edu.language import LanguageModel
 from blip2_edu.qformer import QFormer, QFormerConfig, QFormerOutput, joint_mask
 from blip2_edu.stage1 import Blip2Stage1, Stage1Config
-from blip2_edu.vision import ImageEncoder
 
 TINY = QFormerConfig.tiny()
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -147,23 +144,14 @@ def count(config: QFormerConfig) -> int:
     return sum(p.numel() for part in (qformer.layers, qformer.norm) for p in part.parameters())
 
 
-def published_parts() -> tuple[ImageEncoder, LanguageModel]:
-    """An encoder as wide as ViT-g and a language model as wide as OPT-2.7b, with little in them."""
-    encoder, config = tiny.encoder(), small_models.language_config("opt")
-    encoder.width, config.hidden_size, config.word_embed_proj_dim = 1408, 2560, 2560
-    config.num_attention_heads = 32
-    tokenizer = small_models.tokenizer("opt")
-    return encoder, LanguageModel("opt", OPTForCausalLM(config), tokenizer)
-
-
 def test_sizes_are_the_papers():
     base = QFormerConfig.base()
     assert count(replace(base, vocab_size=None)) == 105_137_664
     assert count(base) == 161_825_280
     with torch.device("meta"):
         qformer = QFormer(base)
-        plain = Blip2Config(base, norm_image_features=False, norm_soft_prompt=False)
-        projection = Blip2(plain, *published_parts()).language_projection
+        plain = QFormerBridgeConfig(base, norm_image_features=False, norm_soft_prompt=False)
+        projection = QFormerBridge(plain, torch.empty(1, 2560)).language_projection
     assert sum(p.numel() for p in projection.parameters()) == 1_968_640
     assert qformer.query_tokens.shape == (1, 32, 768)
     assert qformer.word_embeddings.weight.shape == (30_523, 768)
@@ -387,3 +375,18 @@ def test_gradients_reach_everything_exactly():
         return output.queries, output.text[mask.bool()]
 
     assert torch.autograd.gradcheck(outputs, (image, *parameters), fast_mode=True)
+
+
+@torch.no_grad()
+def test_a_cache_of_text_alone_is_continued_where_it_ends():
+    """It holds no queries, so none may be counted: neither in the positions nor in the mask."""
+    qformer = random_qformer(TINY)
+    ids, _ = random_text(TINY, [6, 6])
+    together = qformer(text_ids=ids, pattern="causal")
+    first = qformer(text_ids=ids[:, :4], pattern="causal")
+    assert (first.cache.num_queries, first.cache.length) == (0, 4)
+    rest = qformer(text_ids=ids[:, 4:], pattern="causal", cache=first.cache)
+    torch.testing.assert_close(rest.text, together.text[:, 4:])
+    assert (rest.cache.num_queries, rest.cache.length) == (0, 6)
+    image = qformer(random_image(TINY, 2, 5))
+    assert (image.cache.num_queries, image.cache.length) == (TINY.num_queries, TINY.num_queries)

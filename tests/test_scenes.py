@@ -7,9 +7,19 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from blip2_edu.data import scenes
-from blip2_edu.data.scenes import COLORS, KINDS, OPPOSITE, draw_scene, relation, swapped_captions
+from blip2_edu.data.scenes import (
+    COLORS,
+    KINDS,
+    OPPOSITE,
+    Scene,
+    Shape,
+    draw_scene,
+    relation,
+    swapped_captions,
+)
 
 SEEDS = range(300)
 
@@ -223,6 +233,12 @@ def test_two_shapes_have_a_clear_relation():
         if len(shapes) == 2:
             there, back = relation(*shapes), relation(*reversed(shapes))
             assert there is not None and back == OPPOSITE[there]
+
+
+def test_shapes_on_a_diagonal_have_no_swapped_captions():
+    shapes = [Shape("star", "red", "small", 60, 60, 20), Shape("circle", "blue", "small", 9, 9, 9)]
+    with pytest.raises(ValueError, match="diagonal"):
+        swapped_captions(Scene(Image.new("RGB", (96, 96)), [], [], shapes))
 
 
 def test_swapped_captions():

@@ -65,7 +65,7 @@ def by_autograd(score: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
 
 def match_score(model: Blip2, features: torch.Tensor) -> torch.Tensor:
     logits = model.stage1.match(
-        model.stage1.project_image(features.requires_grad_()), *model.tokenizer(TEXTS)
+        model.stage1.project_image(features.requires_grad_()), *model.stage1.tokenizer(TEXTS)
     )
     return logits[:, 1] - logits[:, 0]
 
@@ -94,7 +94,7 @@ def test_word_maps_equal_autograd_through_attention_written_out(any_model, monke
     maps = word_attention(any_model, PHOTOS, TEXTS)
     assert [len(some) for some in maps] == [3, 5, 1]
     monkeypatch.setattr(KERNEL, written := WrittenOut())
-    soft_prompt = any_model.soft_prompt(any_model.encode_images(PHOTOS).requires_grad_())
+    soft_prompt = any_model.bridge(any_model.encode_images(PHOTOS).requires_grad_())
     prompts = [any_model.config.prompts.caption] * 3
     scores = any_model.language_model.log_likelihoods(soft_prompt, prompts, TEXTS)
     for row, text in enumerate(TEXTS):
@@ -128,12 +128,12 @@ def test_looking_leaves_the_model_as_it_was(model):
     features, hooks_before = model.encode_images(PHOTOS), hooks(model)
 
     def outputs() -> list[torch.Tensor]:
-        return [model.soft_prompt(features), model.match(PHOTOS[0], TEXTS).score]
+        return [model.bridge(features), model.match(PHOTOS[0], TEXTS).score]
 
     before = [x.detach() for x in outputs()]
     learns = [p.requires_grad for p in model.parameters()]
     maps = [match_attention(model, PHOTOS, TEXTS), *word_attention(model, PHOTOS, TEXTS)]
-    match_relevance(model.stage1, features, *model.tokenizer(TEXTS))
+    match_relevance(model.stage1, features, *model.stage1.tokenizer(TEXTS))
     for x, y in zip(before, outputs(), strict=True):
         assert torch.equal(x, y)
     assert not any(map.requires_grad for map in maps) and not features.requires_grad
@@ -157,7 +157,9 @@ def test_maps_can_be_had_where_gradients_are_switched_off(model):
 
 
 def test_what_belongs_to_no_place_is_left_out(model):
-    relevance = match_relevance(model.stage1, model.encode_images(PHOTOS), *model.tokenizer(TEXTS))
+    relevance = match_relevance(
+        model.stage1, model.encode_images(PHOTOS), *model.stage1.tokenizer(TEXTS)
+    )
     assert relevance.shape == (3, PLACES) and (relevance >= 0).all()
     maps = match_attention(model, PHOTOS, TEXTS)
     torch.testing.assert_close(maps.flatten(1), relevance[:, 1:])
@@ -172,7 +174,7 @@ def test_an_empty_text_has_no_maps(model):
 @torch.no_grad()
 def test_rollout_equals_products_of_whole_matrices(model):
     """With the features among what is asked, every attention is one square matrix."""
-    read = model.qformer(model.image_norm(model.encode_images(PHOTOS)), return_attention=True)
+    read = model.bridge.look(model.encode_images(PHOTOS))
     queries = small_models.QFORMER.num_queries
     flow = torch.eye(queries + PLACES).expand(3, -1, -1)
     cross = list(read.cross_attention)

@@ -16,9 +16,14 @@ import blip2_edu
 from blip2_edu.checkpoints.embedded import EMBEDDED, INSTALL
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-EXTRAS = PROJECT["optional-dependencies"]
-WANTED = [Requirement(r) for r in PROJECT["dependencies"] + sum(EXTRAS.values(), [])]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+LISTS = [
+    PROJECT["dependencies"],
+    *PROJECT["optional-dependencies"].values(),
+    *PYPROJECT["dependency-groups"].values(),
+]
+WANTED = [Requirement(line) for lines in LISTS for line in lines]
 
 
 def lines(file: str) -> list[str]:
@@ -71,6 +76,11 @@ def test_conda_uses_the_lock():
 def test_make_sets_up_again_when_a_file_changes(file):
     rule = rf"^\$\(VENV\)/\.\w+: .*\b{re.escape(file)}"
     assert re.search(rule, (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def test_make_locks_for_the_oldest_python():
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    assert f"--python-version {oldest} " in (ROOT / "Makefile").read_text()
 
 
 def test_make_installs_the_lock():

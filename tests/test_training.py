@@ -17,13 +17,14 @@ import torch
 from helpers import small_models, tiny
 from torch import Tensor, nn
 
+from blip2_edu.checkpoints.runs import keep_metrics_before
 from blip2_edu.checkpoints.tensors import load_tensors
 from blip2_edu.data.batches import Mixture, Source
+from blip2_edu.errors import TrainingError
 from blip2_edu.training import (
+    Stage1Training,
     TrainingConfig,
-    TrainingError,
     fit,
-    keep_metrics_before,
     learning_rate_factor,
     parameter_groups,
     train_stage1,
@@ -43,6 +44,8 @@ def metrics(folder: Path, kind: str | None = None) -> list[dict]:
 
 class Line(nn.Module):
     """Fits y = Wx + b; `frozen` does not learn."""
+
+    pretrained = frozenset()
 
     def __init__(self):
         super().__init__()
@@ -85,7 +88,6 @@ def fit_line(folder: Path, batches=None, resume: bool = False, **settings) -> nn
         batches or Points(),
         lambda batch: batch,
         evaluate,
-        set(),
         config(folder, **settings),
         resume,
     )
@@ -368,7 +370,7 @@ def test_a_mixture_holds_an_epoch_of_the_first_and_a_share_of_the_others():
 def test_a_source_that_fills_no_batch_is_named(tmp_path):
     batches = Mixture([source(8, 2), source(6, 7)])
     with pytest.raises(TrainingError, match="6 images does not fill a batch of 7"):
-        fit(tiny.stage1(), batches, None, None, set(), config(tmp_path / "run"))
+        fit(tiny.stage1(), batches, None, None, config(tmp_path / "run"))
 
 
 def test_patches_are_left_out_anew_in_every_step():
@@ -437,7 +439,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_never_stopped(tmp_path, monkeypat
 
 def test_an_objective_left_out_can_be_resumed(tmp_path, monkeypatch):
     """Its head has no gradient, so the optimiser knows nothing of it."""
-    tiny.run_stage1(tmp_path / "whole", objectives=("itc",), epochs=2)
+    tiny.run_stage1(tmp_path / "whole", objectives="itc", epochs=2)
     tokenize, calls = type(tiny.tokenizer(tmp_path)).__call__, []
 
     def interrupt(self, texts):
@@ -448,8 +450,8 @@ def test_an_objective_left_out_can_be_resumed(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("blip2_edu.text.Tokenizer.__call__", interrupt)
-        tiny.run_stage1(tmp_path / "stopped", objectives=("itc",), epochs=2)
-    tiny.run_stage1(tmp_path / "stopped", resume=True, objectives=("itc",), epochs=2)
+        tiny.run_stage1(tmp_path / "stopped", objectives="itc", epochs=2)
+    tiny.run_stage1(tmp_path / "stopped", resume=True, objectives="itc", epochs=2)
     same_run(tmp_path / "whole", tmp_path / "stopped")
     first = metrics(tmp_path / "whole", "train")[0]
     assert set(first) == {"step", "kind", "itc"}
@@ -459,16 +461,14 @@ def test_stage1_learns_eight_pairs_by_heart(tmp_path):
     examples, features = tiny.captioned(8, captions=1), tiny.random_features(8)
     settings = {"epochs": 60, "evaluate_every": 60, "learning_rate_new": 1e-3}
     train_stage1(
-        tiny.stage1(dropout=0.0),
-        tiny.tokenizer(tmp_path),
+        tiny.stage1(dropout=0.0, words=tiny.tokenizer(tmp_path)),
         Source(examples, features, 8),
         (examples, features),
-        set(),
-        TrainingConfig(tmp_path / "run", **settings),
+        Stage1Training(tmp_path / "run", **settings),
     )
     lines = metrics(tmp_path / "run", "train")
     for name, share in (("itc", 0.75), ("itg", 0.9)):
-        first, last = (sum(line[name] for line in some) for some in (lines[:5], lines[-5:]))
+        first, last = (sum(line[name] for line in part) for part in (lines[:5], lines[-5:]))
         assert last < share * first, name
     assert metrics(tmp_path / "run", "evaluation")[-1]["TR@1"] >= 50
 
@@ -478,6 +478,7 @@ def test_stage1_learns_eight_pairs_by_heart(tmp_path):
 
 def test_stage2_moves_what_should_learn_and_nothing_else(tmp_path):
     model = small_models.blip2(tmp_path)
+    model.bridge.start_from(model.stage1)
     examples, features = small_models.asked(8), tiny.random_features(8)
     batches = Mixture(
         [Source(examples, features, 4, texts_per_image=2), Source(examples, features, 4, ask=True)]
@@ -487,12 +488,11 @@ def test_stage2_moves_what_should_learn_and_nothing_else(tmp_path):
         model,
         batches,
         [(examples, features)],
-        model.start_from_stage1(),
         config(tmp_path / "run", epochs=2, evaluate_every=8, learning_rate_new=1e-2),
     )
     after = model.state_dict()
     moved = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
-    assert moved == {"qformer", "image_norm", "language_projection", "soft_prompt_norm"}
+    assert moved == {"bridge"}
     scores = metrics(tmp_path / "run", "evaluation")[-1]
     assert {"BLEU-4", "CIDEr", "VQA", "VQA other"} <= set(scores)
     losses = [line["text"] for line in metrics(tmp_path / "run", "train")]

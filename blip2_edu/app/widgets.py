@@ -191,6 +191,7 @@ class Demo(widgets.VBox):
         self._photo_number += 1  # what still waits to be done to an earlier photo is left undone
 
         def work() -> None:
+            self._loaded()  # without a model a photo is not taken
             try:
                 image = open_image(source)
             except ImageError as error:
@@ -198,34 +199,38 @@ class Demo(widgets.VBox):
             with self._showing:
                 self.image, self.words = image, None
             self.chat.value = self.bars.value = ""
-            self.history.append(Entry(name, data_url(self.image, THUMBNAIL)))
+            self.history.append(Entry(name, data_url(image, THUMBNAIL)))
             self._describe()
 
         self._start(f"Opening {name}", work, self._photo_number)
 
     def describe(self) -> None:
         """Caption the photo anew, with the settings of the sliders."""
-        self._start("Looking", self._describe, self._photo_number, needs_photo=True)
+        self._start("Looking", self._describe, self._photo_number)
 
     def _describe(self) -> None:
         """Caption the photo, then find where each word comes from."""
+        model, image = self._loaded(), self._chosen()
         with self._showing:
             self.words = None
         self.word.disabled, self.word.options = True, ["photo"]
         self.caption.value = ""
         self._show_photo()
         self._say("Looking", busy=True)
-        settings = {"num_beams": self.beams.value, "max_new_tokens": self.length.value}
+        settings: dict[str, float] = {
+            "num_beams": self.beams.value,
+            "max_new_tokens": self.length.value,
+        }
         if self.temperature.value > 0:
             settings |= {"do_sample": True, "temperature": self.temperature.value, "num_beams": 1}
-        caption = self.model.caption(self.image, **settings)[0]
+        caption = model.caption(image, **settings)[0]
         self.caption.value = f"<h3>{escape(caption)}</h3>"
         self.history[-1].caption = caption
         self._show_history()
         if not caption:
             return self._say("The model has nothing to say about this photo.")
         self._say("Finding out where each word comes from", busy=True)
-        maps = word_attention(self.model, self.image, [caption])[0]
+        maps = word_attention(model, image, [caption])[0]
         with self._showing:
             self.words = maps
         words = [f"{i} {word}" for i, word in enumerate(caption.split(), start=1)]
@@ -242,9 +247,10 @@ class Demo(widgets.VBox):
             return self._refuse(f"A question may have {limit}.")
 
         def work() -> None:
+            model, image = self._loaded(), self._chosen()
             if self.question.value.strip() == question:  # else the next one is being typed
                 self.question.value = ""
-            answer = self.model.answer(self.image, question, max_new_tokens=16)[0]
+            answer = model.answer(image, question, max_new_tokens=16)[0]
             self.history[-1].answers.append((question, answer))
             self.chat.value = "".join(
                 f"<p><b>{escape(q)}</b><br>{escape(a)}</p>" for q, a in self.history[-1].answers
@@ -252,7 +258,7 @@ class Demo(widgets.VBox):
             self._show_history()
             self._say("")
 
-        self._start("Thinking", work, self._photo_number, needs_photo=True)
+        self._start("Thinking", work, self._photo_number)
 
     def compare(self, sentences: str) -> None:
         """Rank sentences, one a line, by how well they fit the photo."""
@@ -262,14 +268,14 @@ class Demo(widgets.VBox):
 
         def work() -> None:
             chosen = lines[:MAX_SENTENCES]
-            scores = self.model.match(self.image, chosen)
+            scores = self._loaded().match(self._chosen(), chosen)
             shares = scores.score.softmax(dim=0)
             order = scores.score.argsort(descending=True).tolist()
             self.bars.value = "".join(bar(chosen[i], shares[i].item()) for i in order)
             dropped = len(lines) - len(chosen)
             self._say(f"{dropped} sentences were too many and left out." if dropped else "")
 
-        self._start("Comparing", work, self._photo_number, needs_photo=True)
+        self._start("Comparing", work, self._photo_number)
 
     def close(self) -> None:
         """Let go of the model; ipywidgets keeps every widget that is not closed."""
@@ -287,9 +293,17 @@ class Demo(widgets.VBox):
         if self._last is not None:
             self._last.result()
 
-    def _start(
-        self, what: str, work: Callable[[], None], photo: int | None = None, needs_photo=False
-    ) -> None:
+    def _loaded(self) -> Blip2:
+        if self.model is None:
+            raise WeightsError("No checkpoint is loaded: load one first.")
+        return self.model
+
+    def _chosen(self) -> Image.Image:
+        if self.image is None:
+            raise ImageError("Choose a photo first.")
+        return self.image
+
+    def _start(self, what: str, work: Callable[[], None], photo: int | None = None) -> None:
         """Queue a job, unless its photo is no longer the current one when its turn comes."""
         self._say(what, busy=True)
 
@@ -297,10 +311,6 @@ class Demo(widgets.VBox):
             if photo is not None and photo != self._photo_number:
                 return
             try:
-                if photo is not None and self.model is None:
-                    raise WeightsError("No checkpoint is loaded: load one first.")
-                if needs_photo and self.image is None:
-                    raise ImageError("Choose a photo first.")
                 self._say(what, busy=True)
                 work()
             except (ImageError, WeightsError) as error:
@@ -323,9 +333,9 @@ class Demo(widgets.VBox):
     def _show_photo(self) -> None:
         """The photo, or the map of the word that the slider is on."""
         with self._showing:
-            word = (self.word.index or 0) - 1
-            known = self.words is not None and 0 <= word < len(self.words)
-            shown = overlay(self.image, self.words[word]) if known else self.image
+            shown, word = self._chosen(), (self.word.index or 0) - 1
+            if self.words is not None and 0 <= word < len(self.words):
+                shown = overlay(shown, self.words[word])
             self.photo.value = jpeg(shown, SHOWN)
         self.photo.layout.visibility = "visible"
 

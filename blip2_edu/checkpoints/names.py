@@ -4,11 +4,15 @@ Renaming goes by one table of (ours, theirs) for each format, read from left to 
 to left; a tensor that the other format has no name for is handed back, never dropped.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import nn
 
 from blip2_edu.checkpoints.tensors import State, load_strictly
 from blip2_edu.errors import WeightsError
+
+if TYPE_CHECKING:
+    from blip2_edu.qformer import QFormer
 
 Table = tuple[tuple[str, str], ...]  # names of modules or parameters; {i} is a layer's number
 
@@ -135,7 +139,7 @@ def _rename(state: State, table: Table) -> tuple[State, State]:
     return renamed, rest
 
 
-def initialise_from_bert(qformer: nn.Module, bert: State) -> set[str]:
+def initialise_from_bert(qformer: "QFormer", bert: State) -> set[str]:
     """Start a Q-Former from a BERT of the same shape, as the paper does (section 3.1).
 
     Both feed-forwards start as BERT's one. BERT's token type 0, which every token of a single

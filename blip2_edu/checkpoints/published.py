@@ -1,9 +1,10 @@
 """Published checkpoints: a folder, or a hub id, as the parts that transformers loads from it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from blip2_edu.errors import WeightsError
 from blip2_edu.paths import CHECKPOINTS
@@ -27,7 +28,7 @@ def checkpoint_folder(name: str | Path) -> Path:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Generator[None]:
     """No progress bars and no advice on stdout while weights load."""
     from transformers.utils import logging as hub_logging  # slow to import
 
@@ -43,7 +44,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def loading(name: str | Path, kind: str) -> Iterator[None]:
+def loading(name: str | Path, kind: str) -> Generator[None]:
     """Around what transformers loads: quiet, and a failure becomes a WeightsError."""
     try:
         with quiet_transformers():
@@ -55,7 +56,7 @@ def loading(name: str | Path, kind: str) -> Iterator[None]:
         raise WeightsError(f"{name} is no {kind} that transformers can load: {reason}") from error
 
 
-def load_whole(network_class: type, folder: Path):
+def load_whole(network_class: Any, folder: Path):
     """A network of transformers, or WeightsError: it would fill missing tensors with noise.
 
     Only a pooler may be missing; nothing here uses one.

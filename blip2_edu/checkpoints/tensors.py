@@ -3,7 +3,7 @@
 import glob
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,7 +17,7 @@ State = dict[str, Tensor]
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path) -> Generator[Path]:
     """Write to what is yielded; it is flushed to the disk and takes the place of `path`.
 
     So a reader sees the old file or the new, never half of one. Raises WeightsError if the disk is

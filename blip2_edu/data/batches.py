@@ -47,7 +47,7 @@ class Source:
 
     def __post_init__(self):
         texts = self.examples.questions if self.ask else self.examples.captions
-        self.usable = np.array([i for i, some in enumerate(texts) if some])
+        self.usable = np.array([i for i, of_image in enumerate(texts) if of_image])
 
     def steps_per_epoch(self, processes: int) -> int:
         return len(self.usable) // (self.batch_size * processes)

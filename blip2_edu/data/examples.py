@@ -1,7 +1,7 @@
 """Captioned images, and questions about images, from any `datasets` source."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from blip2_edu.errors import UserError
 from blip2_edu.images import ImageError, open_image
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 QUESTION = {"answers": [], "answer_type": "other", "question_type": ""}  # what may be left out
 
@@ -102,10 +102,10 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
     return Examples(table[image_column], captions, questions)  # images stay on the disk
 
 
-def _part(parts: "dict[str, Dataset]", split: str) -> "Dataset":
+def _part(parts: "DatasetDict", split: str) -> "Dataset":
     """One part of a folder; a folder that is not divided is one part, whatever it is called."""
     if len(parts) > 1 and split not in parts:
-        raise DataError(f"There is no part {split}, only {' and '.join(parts)}.")
+        raise DataError(f"There is no part {split}, only {' and '.join(map(str, parts))}.")
     return parts[split] if split in parts else next(iter(parts.values()))
 
 
@@ -126,7 +126,7 @@ def _is_question(asked: object) -> bool:
 
 
 @contextmanager
-def _reading(source: str | Path) -> Iterator[None]:
+def _reading(source: str | Path) -> Generator[None]:
     """Turn whatever the many readers of `datasets` raise into a DataError."""
     try:
         yield

@@ -21,6 +21,8 @@ from blip2_edu.data.examples import Examples
 from blip2_edu.paths import CACHE
 from blip2_edu.vision import ImageEncoder
 
+Indices = Sequence[int] | np.ndarray
+
 CROP = (0.5, 1.0)  # share of the area that a random crop keeps
 
 
@@ -36,7 +38,7 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self.views[0])
 
-    def rows(self, images: Sequence[int], views: Sequence[int] | None = None) -> Tensor:
+    def rows(self, images: Indices, views: Indices | None = None) -> Tensor:
         """Features (B, N, W), float32, of these images, each in its view (by default the first)."""
         chosen = views if views is not None else [0] * len(images)
         rows = [self.views[view][image] for view, image in zip(chosen, images, strict=True)]
@@ -99,7 +101,7 @@ def _open_view(
     encoder: ImageEncoder,
     view: int,
     batch_size: int,
-) -> np.ndarray:
+) -> np.memmap:
     place = place / f"view-{view}"
     place.mkdir(parents=True, exist_ok=True)
     features = _open_array(place / "features.npy", shape, np.float16)
@@ -121,10 +123,10 @@ def _open_view(
 
 def _checksum(row: np.ndarray, place: Path, index: int) -> int:
     """Of a row's bytes, of whose they are, in which view and where: those of others never fit."""
-    return zlib.crc32(row, zlib.crc32(f"{place.parent.name} {place.name} {index}".encode()))
+    return zlib.crc32(row.data, zlib.crc32(f"{place.parent.name} {place.name} {index}".encode()))
 
 
-def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+def _open_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
     """Map the array at `path` for writing; one of another shape, or none, becomes an empty one."""
     array = None
     try:

@@ -52,8 +52,8 @@ FORMS = {"bicycle": "bike", "puppy": "dog", "teddy bear": "toy", "kids": "childr
 
 def with_questions(examples: Examples) -> Examples:
     """The same images, asked what their captions answer."""
-    each = enumerate(examples.captions)
-    return replace(examples, questions=[questions_from_captions(some, seed) for seed, some in each])
+    questions = [questions_from_captions(own, seed) for seed, own in enumerate(examples.captions)]
+    return replace(examples, questions=questions)
 
 
 def questions_from_captions(captions: list[str], seed: int = 0) -> list[dict]:

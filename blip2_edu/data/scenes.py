@@ -109,7 +109,7 @@ class Scene:
     @cached_property
     def boxes(self) -> list[tuple[int, int, int, int]]:
         """(x0, y0, x1, y1) of each shape: x0 and y0 are its first pixels, x1 and y1 the next."""
-        return [mask.getbbox() for mask in self._mask_images]
+        return [box for mask in self._mask_images if (box := mask.getbbox())]
 
     @cached_property
     def _mask_images(self) -> list[Image.Image]:
@@ -154,7 +154,8 @@ def relation(a: Shape, b: Shape) -> str | None:
 def swapped_captions(scene: Scene) -> SwappedCaptions:
     """Captions that only a model which binds colors to shapes and knows left from right can tell.
 
-    Raises ValueError unless the scene has two shapes of different kind and color.
+    Raises ValueError unless the scene has two shapes of different kind and color that do not stand
+    on a diagonal.
     """
     if len(scene.shapes) != 2:
         raise ValueError(f"captions are swapped between two shapes, not {len(scene.shapes)}")
@@ -162,6 +163,8 @@ def swapped_captions(scene: Scene) -> SwappedCaptions:
     if a.kind == b.kind or a.color == b.color:
         raise ValueError(f"{_a(a.name)} and {_a(b.name)} must differ in kind and in color")
     where = relation(a, b)
+    if where is None:
+        raise ValueError(f"{_a(a.name)} and {_a(b.name)} stand on a diagonal")
     return SwappedCaptions(
         f"{_a(a.name)} {where} {_a(b.name)}",
         f"{_a(f'{b.color} {a.kind}')} {where} {_a(f'{a.color} {b.kind}')}",
@@ -281,7 +284,7 @@ def _clear_pairs(shapes: Sequence[Shape]) -> list[tuple[Shape, Shape, str]]:
     names = Counter(shape.name for shape in shapes)
     named = [shape for shape in shapes if names[shape.name] == 1]
     pairs = [(a, b, relation(a, b)) for a in named for b in named if a is not b]
-    return [pair for pair in pairs if pair[2]]
+    return [(a, b, where) for a, b, where in pairs if where]
 
 
 def _questions(rng: random.Random, shapes: Sequence[Shape]) -> list[Question]:

@@ -4,10 +4,13 @@ A blank exercise is "not attempted yet" and stops nothing, so that a lesson runs
 to bottom. A check is written like this:
 
     @exercise
-    def check_double(double):
-        expect(double(3) != 9, "you squared instead of doubling")
-        expect(double(3) == 6, "twice 3 is 6")
+    def check_double(double: Callable[[Tensor], Tensor]) -> str:
+        x = noise(4)
+        expect(not same(double(x), x**2), "you squared instead of doubling")
+        expect(same(double(x), x + x), "twice x is x + x")
         return "any number, doubled"
+
+What is random in a check comes from `noise`, ids and orders too: `noise(5).argsort()`.
 """
 
 from collections.abc import Callable
@@ -17,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+_generator = torch.Generator()  # behind `noise`; every check starts it anew
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,11 @@ def attempted(value: Any) -> Any:
 
 
 def noise(*shape: int) -> Tensor:
-    """Standard normal numbers, the same at every call and without a trace in the student's own."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    """Standard normal numbers: others at every call, and the same whenever the check runs again.
+
+    The student's random numbers neither change them nor are changed.
+    """
+    return torch.randn(shape, generator=_generator)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -87,7 +95,11 @@ def exercise(check: Callable[[Any], str]) -> Callable[[Any], Verdict]:
 
         try:
             is_function = callable(attempt) and not isinstance(attempt, type)
-            with torch.random.fork_rng(devices=[]):  # a check may draw; the student's numbers stay
+            _generator.manual_seed(0)
+            # New layers and the student's code may draw as well. `torch.manual_seed` would seed the
+            # GPUs, too, and their state is not put back.
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(0)
                 return Verdict(True, check(call if is_function else attempted(attempt)))
         except NotAttempted:
             return Verdict(None, "Not attempted yet.")

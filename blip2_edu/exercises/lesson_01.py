@@ -1,5 +1,7 @@
 """Checks of lesson 01: attention."""
 
+from collections.abc import Callable
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -9,7 +11,10 @@ from blip2_edu.exercises import exercise, expect, noise, same
 
 
 @exercise
-def check_softmax_with_temperature(softmax_with_temperature):
+def check_softmax_with_temperature(
+    softmax_with_temperature: Callable[[Tensor, float], Tensor],
+) -> str:
+    """softmax_with_temperature(scores (L, S), temperature) -> weights (L, S)."""
     scores = noise(3, 5)
     result = softmax_with_temperature(scores, 0.5)
     right = (scores / 0.5).softmax(dim=-1)
@@ -43,7 +48,8 @@ def check_softmax_with_temperature(softmax_with_temperature):
 
 
 @exercise
-def check_causal_padding_mask(causal_padding_mask):
+def check_causal_padding_mask(causal_padding_mask: Callable[[Tensor], Tensor]) -> str:
+    """causal_padding_mask(is_token (B, T)) -> boolean mask (B, 1, T, T)."""
     rows = [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1]]  # whole, padded right, padded left
     is_token = torch.tensor(rows).bool()
     mask = causal_padding_mask(is_token)
@@ -66,7 +72,8 @@ def check_causal_padding_mask(causal_padding_mask):
 
 
 @exercise
-def check_multi_head_weights(multi_head_weights):
+def check_multi_head_weights(multi_head_weights: Callable[[Tensor, Tensor, int], Tensor]) -> str:
+    """multi_head_weights(query (B, L, D), key (B, S, D), num_heads) -> weights (B, H, L, S)."""
     query, key, heads = 2 * noise(2, 4, 12), noise(2, 6, 12), 3  # C = 4
 
     def reference(pattern: str = "b l (h c) -> b h l c") -> tuple[Tensor, Tensor]:
@@ -104,7 +111,10 @@ def check_multi_head_weights(multi_head_weights):
 
 
 @exercise
-def check_merge_attention(merge_attention):
+def check_merge_attention(
+    merge_attention: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+) -> str:
+    """merge_attention(output_a (L, C), log_sum_a (L,), output_b, log_sum_b) -> output (L, C)."""
     scores, value = noise(4, 8), noise(8, 3)
 
     def part(scores: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Checks of lesson 02: the frozen image encoder."""
 
+from collections.abc import Callable
 from copy import deepcopy
 
 import torch
@@ -10,7 +11,8 @@ from blip2_edu.exercises import exercise, expect, noise
 
 
 @exercise
-def check_num_tokens(num_tokens):
+def check_num_tokens(num_tokens: Callable[[int, int], int]) -> str:
+    """num_tokens(image_size, patch_size) -> how many tokens a ViT hands over."""
     for image, patch in ((224, 14), (364, 14), (224, 16), (490, 14)):
         tokens, side = num_tokens(image, patch), image // patch
         expect(tokens != side**2, "you left out the class token in front of the patches")
@@ -27,7 +29,8 @@ def check_num_tokens(num_tokens):
 
 
 @exercise
-def check_unpatchify(unpatchify):
+def check_unpatchify(unpatchify: Callable[[Tensor, int, int], Tensor]) -> str:
+    """unpatchify(patches (B, N, size x size x 3), rows, size) -> images (B, 3, H, W)."""
     image = noise(2, 3, 8, 12)  # two rows and three columns of patches of 4 x 4 pixels
     patches = rearrange(image, "b c (r p) (k q) -> b (r k) (p q c)", p=4, q=4)
     result = unpatchify(patches, 2, 4)
@@ -65,9 +68,11 @@ def check_unpatchify(unpatchify):
 
 
 @exercise
-def check_freeze(freeze):
+def check_freeze(freeze: Callable[[nn.Module], nn.Module]) -> str:
+    """freeze(module) -> the same module, which nothing can change any more."""
     network = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
-    network[1].running_mean += 0.3
+    mean = "1.running_mean"
+    network.get_buffer(mean).add_(0.3)
     before = deepcopy(network).eval()
     frozen = freeze(network)
     expect(isinstance(frozen, nn.Module), "give the module back")
@@ -83,7 +88,7 @@ def check_freeze(freeze):
     expect(parent[1].training, "a layer that you were not asked to freeze does not train any more")
     x = noise(16, 6).requires_grad_()
     parent(x).square().sum().backward()
-    moved = not torch.equal(network[1].running_mean, before[1].running_mean)
+    moved = not torch.equal(network.get_buffer(mean), before.get_buffer(mean))
     expect(
         not moved and not any(module.training for module in frozen.modules()),
         "a parent's .train() woke it up: BatchNorm's statistics have moved",

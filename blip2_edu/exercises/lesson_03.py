@@ -1,23 +1,19 @@
 """Checks of lesson 03, query tokens.
 
-Axis letters: `B` images, `N` patches, `Q` queries, `D` width.
+Axis letters: `B` images, `N` features, `Q` queries, `D` width.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from blip2_edu.attention import attention_weights
-from blip2_edu.exercises import exercise, expect, same
+from blip2_edu.exercises import exercise, expect, noise, same
 
 B, N, Q, D = 4, 7, 5, 8
 
-
-def _noise() -> Callable[..., Tensor]:
-    """A source of standard normal tensors that leaves the student's own random numbers alone."""
-    return partial(torch.randn, generator=torch.Generator().manual_seed(3))
+Reader = Callable[[Tensor, Tensor], Tensor]  # queries (1, Q, D), features (B, N, D) -> (B, Q, D)
 
 
 def _look(queries: Tensor, features: Tensor) -> Tensor:
@@ -27,8 +23,8 @@ def _look(queries: Tensor, features: Tensor) -> Tensor:
 
 
 @exercise
-def check_look(look):
-    noise = _noise()
+def check_look(look: Reader) -> str:
+    """look(queries (1, Q, D), features (B, N, D)) -> (B, Q, D)."""
     queries, features = noise(1, Q, D), noise(B, N, D)
     seen = look(queries, features)
     scores = queries @ features.mT
@@ -43,8 +39,8 @@ def check_look(look):
     )
     expect(
         not same(seen, (scores / D**0.5).softmax(dim=1) @ features),
-        "your softmax runs over the queries, so that they compete for patches; it must run over "
-        "the patches, because every query has one unit of attention to spend",
+        "your softmax runs over the queries, so that they compete for features; it must run over "
+        "the features, because every query has one unit of attention to spend",
     )
     expect(
         not same(seen, scores.softmax(dim=-1) @ features),
@@ -52,46 +48,47 @@ def check_look(look):
     )
     expect(
         not same(seen, features.mean(dim=1, keepdim=True).expand(-1, Q, -1)),
-        "this is the mean of the patches: the queries had no say in it",
+        "this is the mean of the features: the queries had no say in it",
     )
     expect(same(seen, _look(queries, features)), "these are not the softmax-weighted sums")
     return "the same queries read every image of the batch, each in its own way"
 
 
 @exercise
-def check_compression(compression):
+def check_compression(compression: Callable[[int, int, int, int], float]) -> str:
+    """compression(num_features, feature_width, num_queries, query_width) -> a factor."""
     sizes = [(257, 1024, 32, 768), (49, 1280, 16, 384), (100, 30, 7, 50)]
-    for num_patches, patch_width, num_queries, query_width in sizes:
-        factor = compression(num_patches, patch_width, num_queries, query_width)
-        right = num_patches * patch_width / (num_queries * query_width)
+    for num_features, feature_width, num_queries, query_width in sizes:
+        factor = compression(num_features, feature_width, num_queries, query_width)
+        right = num_features * feature_width / (num_queries * query_width)
 
         def issame(value: float, factor: float = factor) -> bool:
             return abs(factor - value) < 1e-6 * abs(value)
 
         expect(
-            not issame(num_patches / num_queries),
+            not issame(num_features / num_queries),
             "you compared how many vectors there are; they are not equally wide",
         )
         expect(not issame(1 / right), "upside down: how many times more goes in than comes out?")
         expect(
-            not issame((num_patches + patch_width) / (num_queries + query_width)),
+            not issame((num_features + feature_width) / (num_queries + query_width)),
             "you added; a grid of vectors holds their number times their width",
         )
         expect(
             issame(right),
-            f"{num_patches} x {patch_width} numbers go in and {num_queries} x {query_width} come "
-            f"out: the factor is {right:.3f}, not {factor:.3f}",
+            f"{num_features} x {feature_width} numbers go in and {num_queries} x {query_width} "
+            f"come out: the factor is {right:.3f}, not {factor:.3f}",
         )
     return "in the paper's example, section 3.1, the queries hold about a tenth of the numbers"
 
 
 @exercise
-def check_queries_are_a_set(queries_are_a_set):
-    noise = _noise()
+def check_queries_are_a_set(queries_are_a_set: Callable[[Reader, Tensor, Tensor], bool]) -> str:
+    """queries_are_a_set(read, queries (1, Q, D), features (B, N, D)) -> True or False."""
     queries, features = noise(1, Q, D), noise(B, N, D)
-    places, mixing, patch_places = noise(1, Q, D), noise(Q, Q), noise(1, N, D)
+    of_queries, of_features, mixing = noise(1, Q, D), noise(1, N, D), noise(Q, Q)
 
-    def judge(read: Callable) -> bool:
+    def judge(read: Reader) -> bool:
         return bool(queries_are_a_set(read, queries, features))
 
     expect(
@@ -100,11 +97,12 @@ def check_queries_are_a_set(queries_are_a_set):
         "new order too before you compare",
     )
     expect(
-        judge(lambda q, f: _look(q, f + patch_places)),
-        "here only the patches have places, and the queries are a set: leave the patches in order",
+        judge(lambda q, f: _look(q, f + of_features)),
+        "here only the features have positions, and the queries are a set: leave the features in "
+        "order",
     )
     expect(
-        not judge(lambda q, f: _look(q + places, f)),
+        not judge(lambda q, f: _look(q + of_queries, f)),
         "this reader adds a position embedding to its queries, and you did not notice: change the "
         "order of the queries, dimension 1, and compare every number",
     )
@@ -116,8 +114,10 @@ def check_queries_are_a_set(queries_are_a_set):
 
 
 @exercise
-def check_stays_tied(stays_tied):
-    noise = _noise()
+def check_stays_tied(
+    stays_tied: Callable[[Reader, Callable[[Tensor], Tensor], Tensor, Tensor], bool],
+) -> str:
+    """stays_tied(read, loss, equal queries (1, Q, D), features (B, N, D)) -> True or False."""
     features, alike = noise(B, N, D), noise(1, 1, D).expand(1, Q, D).clone()
     direction, by_position = noise(D), noise(Q * D)
     losses = {
@@ -132,9 +132,7 @@ def check_stays_tied(stays_tied):
         )
 
     def noisy(queries: Tensor, features: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        kept = torch.rand(len(features), Q, D, generator=generator) > 0.3
-        return _look(queries, features) * kept
+        return _look(queries, features) * (noise(len(features), Q, D) > -0.5)
 
     expect(
         not stays_tied(_look, lambda x: (x.flatten(1) @ by_position).sum(), alike, features),

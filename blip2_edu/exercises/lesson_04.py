@@ -6,12 +6,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from blip2_edu.exercises import exercise, expect
+from blip2_edu.exercises import exercise, expect, noise
 from blip2_edu.qformer import FeedForward, MaskPattern, QFormer, QFormerConfig
+
+# A Q-Former before an image, from outside: text_ids (1, T) -> outputs of (queries, text)
+Run = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @exercise
-def check_cross_attention_parameters(cross_attention_parameters):
+def check_cross_attention_parameters(
+    cross_attention_parameters: Callable[[QFormerConfig], int],
+) -> str:
+    """cross_attention_parameters(config) -> how many parameters look at the image."""
     odd = replace(QFormerConfig.tiny(), num_layers=7, cross_attention_every=3)
     for config in (odd, QFormerConfig.tiny(), QFormerConfig.mini(), QFormerConfig.base()):
         width, image_width = config.width, config.image_width
@@ -41,7 +47,8 @@ def check_cross_attention_parameters(cross_attention_parameters):
 
 
 @exercise
-def check_prefix_mask(prefix_mask):
+def check_prefix_mask(prefix_mask: Callable[[int, int, int], Tensor]) -> str:
+    """prefix_mask(num_queries, prefix_length, text_length) -> boolean mask (Q + T, Q + T)."""
     for queries, prefix, text in ((3, 2, 5), (1, 4, 4), (4, 1, 6), (2, 3, 7)):
         given = torch.as_tensor(prefix_mask(queries, prefix, text))
         length, known = queries + text, queries + prefix
@@ -76,8 +83,8 @@ def check_prefix_mask(prefix_mask):
 
 
 @exercise
-def check_route(route):
-    torch.manual_seed(0)
+def check_route(route: Callable[[Tensor, Tensor, FeedForward, FeedForward], Tensor]) -> str:
+    """route(x (B, L, D), is_query (L,), of_queries, of_text) -> (B, L, D)."""
     sizes = QFormerConfig.tiny()
     feed_forwards = [FeedForward(sizes).eval().requires_grad_(False) for _ in range(2)]
     for feed_forward in feed_forwards:
@@ -85,7 +92,7 @@ def check_route(route):
     front = [True] * 4 + [False] * 3
     for kinds in (front, [False, True, True, False, False, True], [True] * 3, [False] * 4):
         is_query = torch.tensor(kinds)
-        x = torch.randn(2, len(kinds), sizes.width)
+        x = noise(2, len(kinds), sizes.width)
         for_query, for_text = (feed_forward(x) for feed_forward in feed_forwards)
         before = x.clone()
         given = route(x, is_query, *feed_forwards)
@@ -118,15 +125,17 @@ def check_route(route):
 
 
 @exercise
-def check_which_mask(which_mask):
-    torch.manual_seed(0)
+def check_which_mask(which_mask: Callable[[Run, Tensor], str]) -> str:
+    """which_mask(run, text_ids (1, T)) -> the name of the mask that run uses."""
     sizes = QFormerConfig.tiny()
+    assert sizes.vocab_size
     patterns: list[MaskPattern] = ["unimodal", "bidirectional", "causal"]
     for length in (2, 5, 8):
-        for order in torch.randperm(3).tolist():
-            pattern = patterns[order]
+        for choice in noise(3).argsort().tolist():
+            pattern = patterns[choice]
             run = _black_box(sizes, pattern)
-            given = which_mask(run, torch.randint(1, sizes.vocab_size, (1, length)))
+            words = 1 + noise(1, sizes.vocab_size - 1).argsort()[:, :length]  # all differ
+            given = which_mask(run, words)
             expect(given in patterns, f"{given!r} is none of {', '.join(patterns)}")
             if pattern == "bidirectional":
                 mistake = "the queries do notice when the text changes: bidirectional"
@@ -140,10 +149,10 @@ def check_which_mask(which_mask):
     return "nine Q-Formers, each told by its behaviour alone"
 
 
-def _black_box(sizes: QFormerConfig, pattern: MaskPattern) -> Callable[[Tensor], tuple]:
-    """A random Q-Former before one random image; text_ids (1, T) in, (queries, text) out."""
+def _black_box(sizes: QFormerConfig, pattern: MaskPattern) -> Run:
+    """A random Q-Former before one random image."""
     qformer = _randomise(QFormer(sizes).eval().requires_grad_(False))
-    image = torch.randn(1, 6, sizes.image_width)
+    image = noise(1, 6, sizes.image_width)
 
     def run(text_ids: Tensor) -> tuple[Tensor, Tensor]:
         output = qformer(image, text_ids, pattern=pattern)
@@ -152,8 +161,9 @@ def _black_box(sizes: QFormerConfig, pattern: MaskPattern) -> Callable[[Tensor],
     return run
 
 
+@torch.no_grad()
 def _randomise(module: nn.Module) -> nn.Module:
     """Large random parameters, so that no effect hides in small numbers."""
     for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.3)
+        parameter.copy_(0.3 * noise(*parameter.shape))
     return module

@@ -3,17 +3,19 @@
 Axis letters: `I` images, `T` texts, `Q` queries, `P` width of the shared space, `B` pairs.
 """
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 from torch.nn.functional import normalize
 
-from blip2_edu.exercises import exercise, expect, same
+from blip2_edu.exercises import exercise, expect, noise, same
 
 
 @exercise
-def check_winning_query(winning_query):
-    torch.manual_seed(0)
-    images = normalize(torch.randn(5, 6, 16), dim=-1)
-    texts = normalize(torch.randn(7, 16), dim=-1)
+def check_winning_query(winning_query: Callable[[Tensor, Tensor], Tensor]) -> str:
+    """winning_query(images (I, Q, P), texts (T, P)), both normalised -> numbers (I, T)."""
+    images, texts = normalize(noise(5, 6, 16), dim=-1), normalize(noise(7, 16), dim=-1)
     every_query = torch.einsum("iqp,tp->itq", images, texts)
     found, wanted = winning_query(images, texts), every_query.argmax(dim=-1)
     expect(
@@ -39,11 +41,11 @@ def check_winning_query(winning_query):
 
 
 @exercise
-def check_recall_at_1(recall_at_1):
-    torch.manual_seed(0)
+def check_recall_at_1(recall_at_1: Callable[[Tensor, Tensor], float]) -> str:
+    """recall_at_1(similarity (I, T), owner (T,)) -> a share."""
     owner = torch.tensor([0, 0, 1, 2, 2, 2, 3, 4, 4, 1])
     for _ in range(3):
-        similarity = torch.randn(5, 10)
+        similarity = noise(5, 10)
         similarity[owner, torch.arange(10)] += 1.0
         found = float(recall_at_1(similarity, owner))
         of_texts = (similarity.argmax(dim=0) == owner).float().mean().item()
@@ -59,7 +61,7 @@ def check_recall_at_1(recall_at_1):
             "text t need not belong to image t: look it up in `owner`",
         )
         expect(
-            abs(found - 10 * of_texts) > 1e-6 and abs(found - 100 * of_texts) > 1e-6,
+            abs(found - 10 * of_texts) > 1e-3 and abs(found - 100 * of_texts) > 1e-3,
             "the answer is a share between 0 and 1, neither a count nor a percentage",
         )
         expect(
@@ -70,7 +72,8 @@ def check_recall_at_1(recall_at_1):
 
 
 @exercise
-def check_shared_targets(shared_targets):
+def check_shared_targets(shared_targets: Callable[[Tensor, float], Tensor]) -> str:
+    """shared_targets(image_ids (B,), label_smoothing) -> targets (B, B)."""
     ids = torch.tensor([700, 3, 700, 9, 3, 700])
     fitting = (ids[:, None] == ids[None, :]).float()
     for smoothing in (0.0, 0.1):
@@ -107,10 +110,10 @@ def check_shared_targets(shared_targets):
 
 
 @exercise
-def check_similarity_gradient(similarity_gradient):
-    torch.manual_seed(0)
+def check_similarity_gradient(similarity_gradient: Callable[[Tensor, float], Tensor]) -> str:
+    """similarity_gradient(similarity (B, B), temperature) -> the gradient of the loss (B, B)."""
     batch, temperature = 6, 0.2
-    similarity = torch.rand(batch, batch)
+    similarity = noise(batch, batch).tanh()
     by_row = (similarity / temperature).softmax(dim=1) - torch.eye(batch)
     by_column = (similarity / temperature).softmax(dim=0) - torch.eye(batch)
     wanted = (by_row + by_column) / (2 * batch * temperature)

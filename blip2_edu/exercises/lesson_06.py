@@ -5,15 +5,17 @@ of the Q-Former, `I` images, `T` texts, `k` best texts that are scored a second 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from blip2_edu.exercises import exercise, expect, same
+from blip2_edu.exercises import exercise, expect, noise, same
 
 
 @exercise
-def check_knowing_nothing(knowing_nothing):
+def check_knowing_nothing(knowing_nothing: Callable[[int], float]) -> str:
+    """knowing_nothing(negatives to a positive) -> the loss."""
     for n in (1, 2, 5):
         found, positive = float(knowing_nothing(n)), 1 / (n + 1)
         wanted = -positive * math.log(positive) - (1 - positive) * math.log(1 - positive)
@@ -40,9 +42,9 @@ def check_knowing_nothing(knowing_nothing):
 
 
 @exercise
-def check_match_probability(match_probability):
-    torch.manual_seed(0)
-    queries, head = torch.randn(6, 5, 8), torch.nn.Linear(8, 2)
+def check_match_probability(match_probability: Callable[[Tensor, nn.Linear], Tensor]) -> str:
+    """match_probability(queries (P, Q, D), head) -> probabilities (P,)."""
+    queries, head = noise(6, 5, 8), nn.Linear(8, 2)
     logits = 3 * head(queries).detach()  # (P, Q, 2)
     with torch.no_grad():
         head.weight.mul_(3), head.bias.mul_(3)
@@ -75,8 +77,8 @@ def check_match_probability(match_probability):
 
 
 @exercise
-def check_wrong_images(wrong_images):
-    torch.manual_seed(0)
+def check_wrong_images(wrong_images: Callable[[Tensor, Tensor], Tensor]) -> str:
+    """wrong_images(similarity (I, T), image_ids (B,)) -> a number of an image a text (T,)."""
     ids = torch.tensor([4, 7, 4, 9])
     similarity = torch.tensor(  # (images, texts), in units of the softmax
         [[5.0, 0.0, 5.0, 2.0], [1.0, 6.0, 0.0, 0.0], [5.0, 3.0, 5.0, 0.0], [0.0, 1.0, 2.0, 7.0]]
@@ -95,7 +97,7 @@ def check_wrong_images(wrong_images):
     def far_from(scores: Tensor) -> float:
         """How far the draws' frequencies are from the softmax of these scores."""
         chances = scores.masked_fill(own, float("-inf")).softmax(dim=1)
-        found = torch.nn.functional.one_hot(draws, 4).float().mean(dim=0)
+        found = nn.functional.one_hot(draws, 4).float().mean(dim=0)
         return (found - chances).abs().max().item()
 
     if far_from(similarity.T) > 0.12:
@@ -116,10 +118,10 @@ def check_wrong_images(wrong_images):
 
 
 @exercise
-def check_rerank(rerank):
-    torch.manual_seed(0)
+def check_rerank(rerank: Callable[[Tensor, Tensor, int], Tensor]) -> str:
+    """rerank(similarity (I, T), match (I, T), k) -> numbers of the texts (I, T), best first."""
     for k in (3, 1, 7):
-        similarity, match = torch.rand(5, 7), 4 * torch.randn(5, 7)
+        similarity, match = noise(5, 7).tanh(), 4 * noise(5, 7)
         kept = match.clone()
         first = similarity.argsort(dim=1, descending=True)  # (I, T)
         best, rest = first[:, :k], first[:, k:]

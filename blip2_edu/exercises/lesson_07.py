@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2_edu.attention import KeysValues
-from blip2_edu.exercises import exercise, expect
+from blip2_edu.exercises import exercise, expect, noise
 from blip2_edu.qformer import QFormerConfig
 from blip2_edu.stage1 import Blip2Stage1, Stage1Config
 
@@ -20,7 +20,7 @@ CLS, SEP, DEC = 101, 102, 30522
 @exercise
 def check_inputs_and_labels(inputs_and_labels: Callable[[Tensor, Tensor, int], tuple]) -> str:
     """inputs_and_labels(text_ids (B, T), text_mask (B, T), dec) -> two tensors (B, T - 1)."""
-    ids = torch.randint(1000, 30000, (4, 9))
+    ids = 1000 + noise(4 * 9).argsort().reshape(4, 9)
     lengths = torch.tensor([9, 4, 6, 5])
     mask = (torch.arange(9) < lengths[:, None]).long()
     ids[:, 0] = CLS
@@ -58,7 +58,7 @@ def check_inputs_and_labels(inputs_and_labels: Callable[[Tensor, Tensor, int], t
 @exercise
 def check_caption_scores(caption_scores: Callable[[Tensor, Tensor], Tensor]) -> str:
     """caption_scores(logits (B, T, V), labels (B, T), -100 on padding) -> (B,)."""
-    logits, labels = torch.randn(5, 7, 11), torch.randint(0, 11, (5, 7))
+    logits, labels = noise(5, 7, 11), noise(5, 7, 11).argmax(dim=-1)
     lengths = torch.tensor([7, 2, 4, 3, 1])
     real = torch.arange(7) < lengths[:, None]
     right = logits.log_softmax(-1).gather(-1, labels[..., None])[..., 0] * real
@@ -152,7 +152,7 @@ def _captions_with_an_end() -> tuple[Blip2Stage1, list[KeysValues | None], Tenso
     """
     while True:
         model = _talkative_model()
-        image = model.project_image(torch.randn(8, 5, model.config.qformer.image_width))
+        image = model.project_image(noise(8, 5, model.config.qformer.image_width))
         words = _without_cache(model, image, length=8)
         end = int(words[0, 3])
         ends = words == end
@@ -160,20 +160,21 @@ def _captions_with_an_end() -> tuple[Blip2Stage1, list[KeysValues | None], Tenso
             return model, image, words, end
 
 
+@torch.no_grad()
 def _talkative_model() -> Blip2Stage1:
     """Tiny and random, with numbers so large that every image and every word makes a difference."""
     model = Blip2Stage1(Stage1Config(QFormerConfig.tiny(), projection_width=8)).eval()
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             scale = 1.0 if "embeddings" in name else 2 * parameter.shape[-1] ** -0.5
-            nn.init.normal_(parameter, std=scale)
+            parameter.copy_(scale * noise(*parameter.shape))
     return model
 
 
 def _without_cache(model: Blip2Stage1, image: list[KeysValues | None], length: int) -> Tensor:
     """Every word from a pass over everything: (B, length), no heed paid to the end."""
-    batch = image[0][0].shape[0]
-    ids = torch.full((batch, 1), model.config.qformer.vocab_size - 1)
+    batch = next(x for x in image if x)[0].shape[0]
+    ids = torch.full((batch, 1), model.qformer.word_embeddings.num_embeddings - 1)
     for _ in range(length):
         text = model.qformer(image, ids, pattern="causal").text
         words = model.generate_logits(text[:, -1:]).argmax(dim=-1)

@@ -1,14 +1,18 @@
 """Checks of lesson 08, training stage 1: schedule, weight decay, recall, re-ranking."""
 
-import torch
-from torch import nn
+from collections.abc import Callable
+from typing import Any
 
-from blip2_edu.exercises import exercise, expect
+import torch
+from torch import Tensor, nn
+
+from blip2_edu.exercises import exercise, expect, noise
 from blip2_edu.training import learning_rate_factor
 
 
 @exercise
-def check_warmup_cosine(warmup_cosine):
+def check_warmup_cosine(warmup_cosine: Callable[[int, int, int], float]) -> str:
+    """warmup_cosine(step, steps, warmup) -> the factor on the learning rate."""
     for steps, warmup in ((100, 10), (37, 5), (8, 1)):
         factors = [warmup_cosine(step, steps, warmup) for step in range(steps)]
         right = [learning_rate_factor(step, steps, warmup) for step in range(steps)]
@@ -39,18 +43,19 @@ def check_warmup_cosine(warmup_cosine):
 class _Model(nn.Module):
     """Every kind of parameter: matrices, vectors, one number, and a frozen matrix."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(5, 3)
         self.linear = nn.Linear(3, 4)
         self.norm = nn.LayerNorm(4)
-        self.queries = nn.Parameter(torch.randn(1, 2, 3))
+        self.queries = nn.Parameter(noise(1, 2, 3))
         self.temperature = nn.Parameter(torch.tensor(0.07))
         self.encoder = nn.Linear(3, 3).requires_grad_(False)
 
 
 @exercise
-def check_decay_groups(decay_groups):
+def check_decay_groups(decay_groups: Callable[[nn.Module, float], list[dict[str, Any]]]) -> str:
+    """decay_groups(model, weight_decay) -> parameter groups for AdamW."""
     model = _Model()
     groups = decay_groups(model, 0.05)
     torch.optim.AdamW([dict(group) for group in groups])  # what it cannot read it says best itself
@@ -74,19 +79,21 @@ def check_decay_groups(decay_groups):
 
 
 @exercise
-def check_recall_at_k(recall_at_k):
+def check_recall_at_k(
+    recall_at_k: Callable[[Tensor, Tensor, int], tuple[float, float]],
+) -> str:
+    """recall_at_k(similarity (I, T), owner (T,), k) -> TR@k and IR@k in percent."""
     # Image 0 owns texts 0 and 1, image 1 owns 2 and 3; image 0 also draws text 2 to itself.
     similarity = torch.tensor([[0.9, 0.1, 0.95, 0.2], [0.2, 0.0, 0.7, 0.8]])
     given = tuple(map(float, recall_at_k(similarity, torch.tensor([0, 0, 1, 1]), 1)))
     expect(max(given) > 1, "give percent: multiply the shares by 100")
     expect(given != (75, 50), "TR and IR are the wrong way round")
     expect(given != (50, 50), "IR@k asks every text, also the second one of an image")
-    generator = torch.Generator().manual_seed(0)
     for images, k in ((7, 1), (9, 3), (5, 2)):
-        counts = torch.randint(2, 5, (images,), generator=generator)
+        counts = 2 + noise(images, 3).argmax(dim=1)  # two to four texts each
         owner = torch.repeat_interleave(torch.arange(images), counts)
         own = owner[None, :] == torch.arange(images)[:, None]  # (I, T)
-        similarity = torch.randn(own.shape, generator=generator) + own  # better than chance
+        similarity = noise(*own.shape) + own  # better than chance
         found = own.gather(1, similarity.topk(k, dim=1).indices)  # (I, k)
         found_image = own.gather(0, similarity.topk(k, dim=0).indices)  # (k, T)
         tr = 100 * found.any(dim=1).float().mean().item()
@@ -112,16 +119,15 @@ def check_recall_at_k(recall_at_k):
 
 
 @exercise
-def check_rerank_by_sum(rerank_by_sum):
-    generator = torch.Generator().manual_seed(0)
+def check_rerank_by_sum(rerank_by_sum: Callable[[Tensor, Tensor, int], Tensor]) -> str:
+    """rerank_by_sum(similarity (I,), match (I,), k) -> numbers of the images (I,), best first."""
     for count, k in ((8, 3), (20, 5), (6, 6)):
-        similarity = torch.rand(count, generator=generator) * 2 - 1
-        match = torch.randn(count, generator=generator)
+        similarity, match = noise(count).tanh(), noise(count)
         order = torch.as_tensor(rerank_by_sum(similarity, match, k))
         right = similarity.argsort(descending=True)
         best, rest = right[:k], right[k:]
 
-        def by(score, best=best, rest=rest):
+        def by(score: Tensor, best: Tensor = best, rest: Tensor = rest) -> Tensor:
             return torch.cat([best[score[best].argsort(descending=True)], rest])
 
         expect(
@@ -132,7 +138,7 @@ def check_rerank_by_sum(rerank_by_sum):
         mistakes = {
             "you sorted by ITC alone": right,
             "you sorted the k best by ITM alone: add the similarity": by(match),
-            "you sorted everything by the sum; ITM is too dear for more than the k best": (
+            "you sorted everything by the sum; ITM is too costly for more than the k best": (
                 (similarity + match).argsort(descending=True)
             ),
             "your best come last: sort in descending order": by(-similarity - match),

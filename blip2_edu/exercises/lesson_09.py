@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from blip2_edu.exercises import attempted, exercise, expect
+from blip2_edu.exercises import attempted, exercise, expect, noise
 
 
 @exercise
@@ -38,7 +38,7 @@ def check_labels_of_row(labels_of_row: Callable[[int, list[int], int], list[int]
 @exercise
 def check_pad_left(pad_left: Callable[[list[Tensor]], tuple[Tensor, Tensor]]) -> str:
     """pad_left(rows of (L_i, E)) -> embeddings (B, L, E) and mask (B, L)."""
-    rows = [torch.randn(length, 6) for length in (2, 5, 3)]
+    rows = [noise(length, 6) for length in (2, 5, 3)]
     embeddings, mask = pad_left(rows)
     attempted(embeddings)
     expect(embeddings.shape == (3, 5, 6), f"(3, 5, 6) is wanted, not {tuple(embeddings.shape)}")
@@ -67,7 +67,7 @@ def check_positions_of(positions_of: Callable[[Tensor], Tensor]) -> str:
     found = positions_of(mask)
     expect(found.shape == mask.shape, f"the shape should stay {tuple(mask.shape)}")
     expect((found >= 0).all(), "padding got a negative position: no embedding has that")
-    real = [row[some.bool()].tolist() for row, some in zip(found, mask, strict=True)]
+    real = [row[kept.bool()].tolist() for row, kept in zip(found, mask, strict=True)]
     expect(real[0] != [2, 3, 4], "you counted the padding: the first real vector has position 0")
     expect(real[1] != [1, 2, 3, 4, 5], "you count from 1; positions start at 0")
     expect(
@@ -78,14 +78,16 @@ def check_positions_of(positions_of: Callable[[Tensor], Tensor]) -> str:
 
 
 @exercise
-def check_prompt_step(prompt_step: Callable[[Callable, Tensor, float], Tensor]) -> str:
+def check_prompt_step(
+    prompt_step: Callable[[Callable[[Tensor], Tensor], Tensor, float], Tensor],
+) -> str:
     """prompt_step(loss_of, prompt (1, Q, E), learning_rate) -> the prompt one step further."""
     model = nn.Linear(4, 1)  # stands for the frozen language model
-    prompt = torch.randn(1, 3, 4)
+    prompt = noise(1, 3, 4)
     before = prompt.clone()
 
-    def loss_of(some: Tensor) -> Tensor:
-        return model(some).square().mean()
+    def loss_of(prompt: Tensor) -> Tensor:
+        return model(prompt).square().mean()
 
     after = prompt_step(loss_of, prompt, 0.1)
     expect(torch.equal(prompt, before), "the prompt you were given has changed: work on a clone")

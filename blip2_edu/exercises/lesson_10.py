@@ -5,13 +5,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from blip2_edu.exercises import exercise, expect
+from blip2_edu.exercises import exercise, expect, noise
 
 
 class Bridge(nn.Module):
     """Parts named as BLIP-2's; one name contains that of another part."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.image_encoder = nn.ModuleDict({"qformer_like": nn.Linear(2, 2)})
         self.qformer = nn.ModuleDict({"norm": nn.LayerNorm(2), "dense": nn.Linear(2, 2)})
@@ -68,7 +68,7 @@ def check_exact_match(exact_match: Callable[[list[str], list[str]], float]) -> s
 @exercise
 def check_beam_score(beam_score: Callable[[Tensor, float], float]) -> str:
     """beam_score(log_probabilities (T,), length_penalty) -> one number."""
-    values = torch.rand(5).log() - 0.1
+    values = -noise(5).abs() - 0.1
     total, length = values.sum().item(), len(values)
 
     def near(found: float, expected: float) -> bool:
@@ -117,9 +117,11 @@ def check_nucleus(nucleus: Callable[[Tensor, float], Tensor]) -> str:
     )
     expect(nucleus(known, 0.1).sum() == 1, "with a small top_p the likeliest token alone is left")
     for top_p in (0.3, 0.72, 0.95):
-        some = (2 * torch.randn(40)).softmax(dim=0)
-        values, order = some.sort(descending=True)
+        random = (2 * noise(40)).softmax(dim=0)
+        values, order = random.sort(descending=True)
         right = torch.zeros(40, dtype=torch.bool)
         right[order[values.cumsum(dim=0) - values < top_p]] = True
-        expect(torch.equal(nucleus(some, top_p), right), f"wrong for top_p = {top_p} of 40 tokens")
+        expect(
+            torch.equal(nucleus(random, top_p), right), f"wrong for top_p = {top_p} of 40 tokens"
+        )
     return "the smallest set of likeliest tokens that reaches top_p."

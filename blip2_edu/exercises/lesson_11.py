@@ -1,22 +1,22 @@
 """Checks of lesson 11, seeing attention: a grid, the pointing game, a weighted map, rollout."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-from blip2_edu.exercises import exercise, expect, same
+from blip2_edu.exercises import exercise, expect, noise, same
 from blip2_edu.metrics import pointing_game
 
-
-def uniform(*shape: int) -> Tensor:
-    """Numbers between 0 and 1, the same at every call and without a trace in the student's own."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(len(shape)))
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 @exercise
-def check_fold_places(fold_places):
+def check_fold_patches(fold_patches: Callable[[Tensor, int, int], Tensor]) -> str:
+    """fold_patches(weights (..., N), num_prefix_tokens, num_rows) -> maps (..., R, K)."""
     for prefix in (1, 0, 2):
-        weights = uniform(2, 5, prefix + 12).softmax(dim=-1)
-        maps = fold_places(weights, prefix, 3)
+        weights = noise(2, 5, prefix + 12).softmax(dim=-1)
+        maps = fold_patches(weights, prefix, 3)
         expect(isinstance(maps, Tensor), "the maps should be a tensor")
         expect(maps.shape != (2, 5, 4, 3), "rows and columns are swapped: the last axis is a row's")
         expect(
@@ -26,7 +26,7 @@ def check_fold_places(fold_places):
         right = weights[..., prefix:].unflatten(-1, (3, 4))
         expect(
             not prefix or not same(maps, weights[..., :-prefix].unflatten(-1, (3, 4))),
-            "you dropped the last places: the prefix tokens come first",
+            "you dropped the last patches: the prefix tokens come first",
         )
         expect(
             not same(maps, weights[..., prefix:].unflatten(-1, (4, 3)).mT),
@@ -41,11 +41,14 @@ def check_fold_places(fold_places):
 
 
 @exercise
-def check_points_inside(points_inside):
+def check_points_inside(
+    points_inside: Callable[[Tensor, Sequence[Box], tuple[int, int]], bool],
+) -> str:
+    """points_inside(attention (R, K), boxes, image_size) -> True or False."""
     size = (400, 200)  # of the image: width, height
 
-    def ask(row: int, column: int, *boxes: tuple[int, int, int, int]) -> bool:
-        attention = uniform(4, 5) / 2
+    def ask(row: int, column: int, *boxes: Box) -> bool:
+        attention = noise(4, 5).sigmoid() / 2
         attention[row, column] = 1
         answer = points_inside(attention, boxes, size)
         expect(isinstance(answer, bool), "the answer should be True or False")
@@ -53,7 +56,7 @@ def check_points_inside(points_inside):
 
     expect(ask(0, 4, (310, 0, 395, 49)), "in an image that is wider than high you take x for y")
     for box in ((150, 40, 170, 60), (150, 70, 190, 80), (190, 40, 210, 60)):
-        expect(ask(1, 2, box), "a cell points with its middle, not with its corner")
+        expect(ask(1, 2, box), "a patch points with its middle, not with its corner")
     hit, other = (100, 110, 140, 140), (300, 0, 390, 40)
     expect(ask(2, 1, hit, other), "any of the boxes may be hit, they need not all be")
     expect(ask(2, 1, other, hit), "any of the boxes may be hit, not only the first")
@@ -61,16 +64,17 @@ def check_points_inside(points_inside):
     for row in range(4):
         for column in range(5):
             expect(ask(row, column, (100, 60, 290, 140)), f"wrong for row {row}, column {column}")
-    return "equal to blip2_edu.evaluation.pointing_game wherever the map peaks."
+    return "equal to blip2_edu.metrics.pointing_game wherever the map peaks."
 
 
 @exercise
-def check_gradient_weighted(gradient_weighted):
-    weights, gradients = uniform(3, 4, 6).softmax(dim=-1), uniform(3, 4, 6) - 0.5  # (H, Q, N)
+def check_gradient_weighted(gradient_weighted: Callable[[Tensor, Tensor], Tensor]) -> str:
+    """gradient_weighted(weights (H, Q, N), their gradients (H, Q, N)) -> map (N,)."""
+    weights, gradients = noise(3, 4, 6).softmax(dim=-1), noise(3, 4, 6)  # (H, Q, N)
     product = weights * gradients
     found = gradient_weighted(weights, gradients)
     expect(isinstance(found, Tensor), "the map should be a tensor")
-    expect(found.shape == (6,), f"one number a place, (6,), not {tuple(found.shape)}")
+    expect(found.shape == (6,), f"one number a patch, (6,), not {tuple(found.shape)}")
     for wrong, mistake in (
         (product.sum(dim=(0, 1)), "what lowers the score is still in: clamp at zero"),
         (
@@ -92,7 +96,9 @@ def check_gradient_weighted(gradient_weighted):
 
 
 @exercise
-def check_rollout(rollout):
+def check_rollout(rollout: Callable[[list[Tensor], list[Tensor]], Tensor]) -> str:
+    """rollout(self_attentions, each (Q, Q), cross_attentions, each (Q, N)) -> (Q, N)."""
+
     def reference(selves: list[Tensor], crosses: list[Tensor], cross_first: bool = False) -> Tensor:
         seen = torch.zeros_like(crosses[0])
         for self_attention, cross in zip(selves, crosses, strict=True):
@@ -103,8 +109,8 @@ def check_rollout(rollout):
                 seen = (seen + cross) / 2
         return seen
 
-    selves = list((4 * uniform(2, 3, 3)).softmax(dim=-1))  # two blocks of 3 queries and 5 places
-    crosses = list((4 * uniform(2, 3, 5, 1)[..., 0]).softmax(dim=-1))
+    selves = list(noise(2, 3, 3).softmax(dim=-1))  # two blocks of 3 queries and 5 features
+    crosses = list(noise(2, 3, 5).softmax(dim=-1))
     found = rollout(selves, crosses)
     expect(isinstance(found, Tensor), "the result should be a tensor")
     expect(found.shape == (3, 5), f"(Q, N) = (3, 5) is wanted, not {tuple(found.shape)}")

@@ -1,17 +1,16 @@
 """Lesson 12, the live demo: bars, escaping, honest timing."""
 
 import math
-import random
 from collections.abc import Callable
 from html import escape
 
-from blip2_edu.exercises import Mistake, exercise, expect
+from blip2_edu.exercises import Mistake, exercise, expect, noise
 
 
 @exercise
 def check_bar_widths(bar_widths: Callable[[list[float]], list[float]]) -> str:
     """bar_widths(scores) -> percentages, the softmax of the scores."""
-    scores = [random.uniform(-3, 3) for _ in range(4)]
+    scores = (2 * noise(4)).tolist()
     widths = [float(width) for width in bar_widths(scores)]
     expect(len(widths) == 4, "give one width for each score")
     total = sum(widths)
@@ -54,7 +53,9 @@ def check_paragraph(paragraph: Callable[[str, str], str]) -> str:
 
 
 @exercise
-def check_median_latency(median_latency: Callable[[Callable, int, Callable], float]) -> str:
+def check_median_latency(
+    median_latency: Callable[[Callable[[], None], int, Callable[[], float]], float],
+) -> str:
     """median_latency(work, times, clock) -> median seconds of `times` calls after one more."""
     now, calls = 0.0, 0
     seconds = [50.0, 1.0, 9.0, 2.0, 3.0, 2.5]  # the first call is the slow one

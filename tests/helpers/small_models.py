@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from blip2_edu.blip2 import Blip2, Blip2Config, Prompts
+from blip2_edu.bridges import QFormerBridge, QFormerBridgeConfig
 from blip2_edu.data.batches import Mixture, Source
 from blip2_edu.data.examples import Examples
 from blip2_edu.language import LanguageModel
@@ -171,19 +172,17 @@ def blip2(folder: Path, kind: str = "llama", seed: int = 5) -> Blip2:
     """A whole untrained model, its frozen parts saved below `folder`."""
     encoder = image_encoder(folder / "encoder")
     name = save_language_model(kind, folder / "language")
-    config = Blip2Config(
-        QFORMER,
-        image_encoder=encoder.name,
-        language_model=name,
-        prompts=Prompts("see {image}:", "{image}Q: {question} A:", end_of_text="\n"),
-    )
+    prompts = Prompts("see {image}:", "{image}Q: {question} A:", end_of_text="\n")
+    config = Blip2Config(encoder.name, name, prompts)
     language = LanguageModel(name, language_network(kind), tokenizer(kind), "\n")
     stage1 = random_stage1(QFORMER, seed)
+    stage1.tokenizer = tiny.tokenizer(folder)
     torch.manual_seed(seed)
-    model = Blip2(config, encoder, language, stage1, tiny.tokenizer(folder))
-    randomise(model.qformer, seed)
-    model.soft_prompt_norm.weight.data *= 8  # so that an untrained language model cannot miss it
-    return model.eval()
+    words = language.network.get_input_embeddings().weight
+    bridge = QFormerBridge(QFormerBridgeConfig(QFORMER), words)
+    randomise(bridge.qformer, seed)
+    bridge.soft_prompt_norm.weight.data *= 8  # so that an untrained language model cannot miss it
+    return Blip2(config, encoder, bridge, language, stage1)
 
 
 def asked(images: int, seed: int = 0) -> Examples:
@@ -203,5 +202,5 @@ def run_stage2(folder: Path, resume: bool = False) -> None:
     questions = Source(examples, features, batch_size=4, ask=True)
     held_out = [(asked(3, seed=1), tiny.random_features(3, seed=1))]
     config = TrainingConfig(folder, epochs=4, learning_rate_new=1e-3, evaluate_every=7)
-    pretrained = model.start_from_stage1()
-    train_stage2(model, Mixture([captions, questions]), held_out, pretrained, config, resume)
+    model.bridge.start_from(model.stage1)
+    train_stage2(model, Mixture([captions, questions]), held_out, config, resume)

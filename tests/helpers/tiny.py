@@ -14,9 +14,9 @@ from blip2_edu.data.batches import Source
 from blip2_edu.data.examples import Examples
 from blip2_edu.data.features import FeatureCache
 from blip2_edu.qformer import QFormerConfig
-from blip2_edu.stage1 import OBJECTIVES, Blip2Stage1, Stage1Config
+from blip2_edu.stage1 import Blip2Stage1, Stage1Config
 from blip2_edu.text import Tokenizer
-from blip2_edu.training import TrainingConfig, train_stage1
+from blip2_edu.training import Stage1Training, train_stage1
 from blip2_edu.vision import ImageEncoder
 
 WORDS = (
@@ -53,26 +53,27 @@ def random_features(images: int, views: int = 1, seed: int = 0) -> FeatureCache:
     return FeatureCache([draw.standard_normal(shape).astype(np.float16) for _ in range(views)])
 
 
-def stage1(seed: int = 0, dropout: float = 0.1) -> Blip2Stage1:
+def stage1(seed: int = 0, dropout: float = 0.1, words: Tokenizer | None = None) -> Blip2Stage1:
     torch.manual_seed(seed)
     sizes = replace(QFormerConfig.tiny(), dropout=dropout, attention_dropout=dropout)
-    return Blip2Stage1(Stage1Config(sizes, projection_width=16))
+    return Blip2Stage1(Stage1Config(sizes, projection_width=16), words)
 
 
 def run_stage1(
     folder: Path,
     resume: bool = False,
-    objectives: tuple[str, ...] = OBJECTIVES,
+    objectives: str = "itc,itm,itg",
     epochs: int = 8,
 ) -> None:
     """Five steps an epoch; the same everywhere, whatever else the process did."""
     folder.parent.mkdir(exist_ok=True)
     batches = Source(captioned(20), random_features(20, 2), batch_size=4)
     held_out = (captioned(6, seed=1), random_features(6, seed=1))
-    config = TrainingConfig(folder, epochs, learning_rate_new=1e-3, evaluate_every=7)
-    words = tokenizer(folder.parent)
-    pretrained = {"qformer.norm.weight"}
-    train_stage1(stage1(), words, batches, held_out, pretrained, config, objectives, resume=resume)
+    settings = {"learning_rate_new": 1e-3, "evaluate_every": 7, "objectives": objectives}
+    model = stage1(words=tokenizer(folder.parent))
+    model.pretrained = {"qformer.norm.weight"}
+    config = Stage1Training(folder, epochs, **settings)
+    train_stage1(model, batches, held_out, config, resume)
 
 
 class Corners(nn.Module):

@@ -19,7 +19,7 @@ def unscaled(queries, features):
     return (queries @ features.mT).softmax(dim=-1) @ features
 
 
-def mean_of_patches(queries, features):
+def mean_of_features(queries, features):
     return features.mean(dim=1, keepdim=True).expand(-1, queries.shape[1], -1)
 
 
@@ -32,7 +32,7 @@ def outputs_in_the_old_order(read, queries, features):
     return torch.allclose(read(queries[:, order], features), read(queries, features), atol=1e-5)
 
 
-def patches_in_new_order(read, queries, features):
+def features_in_new_order(read, queries, features):
     order = torch.arange(features.shape[1]).flip(0)
     return torch.allclose(read(queries, features[:, order]), read(queries, features), atol=1e-5)
 
@@ -65,7 +65,7 @@ MISTAKES = {
     "check_look": [
         (softmax_over_queries, "over the queries"),
         (unscaled, "square root"),
-        (mean_of_patches, "the queries had no say"),
+        (mean_of_features, "the queries had no say"),
         (weights, "these are the weights"),
         (one_image_only, "must give (4, 5, 8)"),
         (lambda queries, features: queries, "not (1, 5, 8)"),
@@ -79,7 +79,7 @@ MISTAKES = {
     ],
     "check_queries_are_a_set": [
         (outputs_in_the_old_order, "outputs in the new order too"),
-        (patches_in_new_order, "leave the patches in order"),
+        (features_in_new_order, "leave the features in order"),
         (compares_shapes, "position embedding"),
         (lambda read, queries, features: False, "and you say that it does not"),
     ],

@@ -45,23 +45,23 @@ def only_biases(model, weight_decay):
 
 
 def with_frozen(model, weight_decay):
-    some = list(model.parameters())
+    everything = list(model.parameters())
     return [
-        {"params": [p for p in some if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in some if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in everything if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in everything if p.ndim < 2], "weight_decay": 0.0},
     ]
 
 
 def matrices_only(model, weight_decay):
-    some = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    return [{"params": some, "weight_decay": weight_decay}]
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    return [{"params": matrices, "weight_decay": weight_decay}]
 
 
 def exactly_two(model, weight_decay):
-    some = [p for p in model.parameters() if p.requires_grad]
+    learning = [p for p in model.parameters() if p.requires_grad]
     return [
-        {"params": [p for p in some if p.ndim == 2], "weight_decay": weight_decay},
-        {"params": [p for p in some if p.ndim != 2], "weight_decay": 0.0},
+        {"params": [p for p in learning if p.ndim == 2], "weight_decay": weight_decay},
+        {"params": [p for p in learning if p.ndim != 2], "weight_decay": 0.0},
     ]
 
 
@@ -164,7 +164,7 @@ MISTAKES = {
         (lambda *x: percent(*x)[::-1], "wrong way round"),
     ],
     "check_rerank_by_sum": [
-        (sum_of_all, "too dear"),
+        (sum_of_all, "too costly"),
         (itc_alone, "ITC alone"),
         (match_alone, "ITM alone"),
         (only_the_best, "must be in the order"),

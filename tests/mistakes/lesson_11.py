@@ -10,8 +10,8 @@ def fold(weights, rows):
 
 
 def renormalised(weights, prefix, rows):
-    places = weights[..., prefix:]
-    return fold(places / places.sum(dim=-1, keepdim=True), rows)
+    patches = weights[..., prefix:]
+    return fold(patches / patches.sum(dim=-1, keepdim=True), rows)
 
 
 def pointing(x=lambda column, w: (column + 0.5) * w, y=lambda row, h: (row + 0.5) * h, over=any):
@@ -47,7 +47,7 @@ def roll(keep=0.5, cross_first=False, turn=False, mix=0.5):
 
 
 MISTAKES = {
-    "check_fold_places": [
+    "check_fold_patches": [
         (lambda w, prefix, rows: fold(w[..., : w.shape[-1] - prefix], rows), "come first"),
         (lambda w, prefix, rows: fold(w[..., prefix:], 4), "rows and columns are swapped"),
         (lambda w, prefix, rows: fold(w[..., prefix:], 4).mT, "row by row"),
@@ -72,7 +72,7 @@ MISTAKES = {
         (lambda w, g: g.clamp(min=0).sum(dim=(0, 1)), "weights are missing"),
         (lambda w, g: w.sum(dim=(0, 1)), "gradients are missing"),
         (lambda w, g: (w * g).clamp(min=0).mean(dim=(0, 1)), "this is a mean"),
-        (lambda w, g: (w * g).clamp(min=0), "one number a place"),
+        (lambda w, g: (w * g).clamp(min=0), "one number a patch"),
     ],
     "check_rollout": [
         (roll(cross_first=True), "self-attention comes first"),

@@ -1,0 +1,90 @@
+"""A run of training on disk: its last state, its best model, its metrics."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from blip2_edu.checkpoints.tensors import load_strictly, load_tensors, save_tensors
+from blip2_edu.errors import TrainingError
+
+METRICS = "metrics.jsonl"  # a line a step, and a line an evaluation
+
+
+def open_run(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    resume: bool,
+    is_main_process: bool,
+) -> tuple[int, float]:
+    """Begin a run in `folder`, or go on with the one that is there: its step and best score.
+
+    Raises TrainingError rather than mix two runs.
+    """
+    state_file, start, best = folder / "state.safetensors", 0, -math.inf
+    if resume and not folder.exists():
+        raise TrainingError(f"There is no run in {folder} to resume.")
+    if resume and state_file.exists():  # else it was killed before its first state
+        start, best = load_state(state_file, model, optimizer)
+    elif state_file.exists():
+        raise TrainingError(f"{folder} holds a run already: add --resume, or name another folder.")
+    if is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_metrics_before(folder / METRICS, start)
+    return start, best
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that learn, by name: what a checkpoint holds."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, best: float
+) -> None:
+    """Everything a run needs to go on, in one file: parameters and AdamW's two moments."""
+    parameters = trainable_state(model)
+    tensors = {f"model.{name}": p for name, p in parameters.items()}
+    for name, parameter in parameters.items():
+        for moment, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{moment}.{name}"] = value
+    save_tensors(tensors, path, {"step": str(step), "best": repr(best)})
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Put back what `save_state` wrote; returns the step to go on with and the best score yet.
+
+    Raises TrainingError if it is the state of another model.
+    """
+    tensors, metadata = load_tensors(path)
+    parameters = trainable_state(model)
+    saved = {name: x.shape for name, x in tensors.items() if name.startswith("model.")}
+    if saved != {f"model.{name}": parameter.shape for name, parameter in parameters.items()}:
+        raise TrainingError(f"{path} is of another model: resume with the options of its run.")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[f"model.{name}"])
+        if f"optimizer.step.{name}" in tensors:  # not of a head whose objective is left out
+            optimizer.state[parameter] = {
+                moment: tensors[f"optimizer.{moment}.{name}"].to(parameter.device)
+                for moment in ("step", "exp_avg", "exp_avg_sq")
+            }
+    return int(metadata["step"]), float(metadata["best"])
+
+
+def keep_metrics_before(path: Path, step: int) -> None:
+    """Drop the lines that a killed run wrote after its last saved state, the last perhaps half."""
+    if path.exists():
+        whole = [line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(line for line in whole if json.loads(line)["step"] < step))
+        aside.replace(path)
+
+
+def load_best(model: nn.Module, folder: Path) -> None:
+    """Put the best model of a run into `model`. Raises WeightsError if it is another's."""
+    learned = trainable_state(model)
+    state, _ = load_tensors(folder / "best.safetensors")
+    load_strictly(model, model.state_dict() | state if state.keys() == learned.keys() else state)

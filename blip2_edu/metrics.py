@@ -105,7 +105,7 @@ def pointing_game(
     """Does a map (rows, columns) peak inside one of the boxes (Zhang et al. 2016)?
 
     boxes are (left, top, right, bottom) in an image of (width, height); the middle of the highest
-    cell is what points.
+    patch is what points.
     """
     rows, columns = attention.shape
     row, column = divmod(int(attention.argmax()), columns)

@@ -257,7 +257,7 @@ class QFormer(nn.Module):
         text_ids   (B, T) integer
         text_mask  (B, T), true on tokens; with `cache`, (B, T so far) over all text until now
         pattern    see `joint_mask`
-        image_mask (B, N), true on real patches; None means all are
+        image_mask (B, N), true on real features; None means all are
         cache      `cache` of an earlier pass over queries, text or both; these positions are then
                    seen, not computed again
         """

@@ -22,12 +22,12 @@ def attention_maps(
 ) -> Tensor:
     """How the bridge's queries attend to the image, (B, H, Q, R, K).
 
-    layer counts the blocks that have cross-attention. What a query gives to features of no place
+    layer counts the blocks that have cross-attention. What a query gives to features of no patch
     (a ViT's class token) is left out, so a map sums to at most one. Raises ImageError, and
     ValueError if the bridge attends to nothing.
     """
     look = model.bridge.look(model.encode_images(images))
-    return _places(model, look.cross_attention[layer])
+    return _fold(model, look.cross_attention[layer])
 
 
 def match_attention(
@@ -40,7 +40,7 @@ def match_attention(
     """
     reader = model.retriever()
     ids, mask = (x.to(model.device) for x in reader.tokenizer(list(texts)))
-    return _places(model, match_relevance(reader, model.encode_images(images), ids, mask))
+    return _fold(model, match_relevance(reader, model.encode_images(images), ids, mask))
 
 
 def match_relevance(
@@ -86,7 +86,7 @@ def word_attention(
             score = (scores * (word_of == word)).sum(dim=1)  # (B,)
             relevance = _weigh_by_gradient(score, look.cross_attention, look.image, watched)
             maps.append(relevance[:, None])
-    maps = _places(model, torch.cat(maps, dim=1))  # (B, words, R, K)
+    maps = _fold(model, torch.cat(maps, dim=1))  # (B, words, R, K)
     return [of_image[:count] for of_image, count in zip(maps, counts, strict=True)]
 
 
@@ -128,7 +128,7 @@ def _weigh_by_gradient(
 
 @torch.no_grad()
 def attention_rollout(model: Blip2, images: ImageSource | Sequence[ImageSource]) -> Tensor:
-    """How much of each place is in each query after all blocks, (B, Q, R, K).
+    """How much of each patch is in each query after all blocks, (B, Q, R, K).
 
     Rollout (Abnar and Zuidema 2020) through self- and cross-attention of the bridge: in each of
     them a residual path carries half. Raises ImageError, and ValueError if it attends to nothing.
@@ -140,11 +140,11 @@ def attention_rollout(model: Blip2, images: ImageSource | Sequence[ImageSource])
         seen = (seen + self_attention.mean(dim=1) @ seen) / 2
         if image is not None:  # this block reads it
             seen = (seen + next(cross).mean(dim=1)) / 2
-    return _places(model, seen)
+    return _fold(model, seen)
 
 
-def _places(model: Blip2, maps: Tensor) -> Tensor:
-    """Maps (..., N) -> (..., R, K), without what belongs to no place."""
+def _fold(model: Blip2, maps: Tensor) -> Tensor:
+    """Maps (..., N) -> (..., R, K), without what belongs to no patch."""
     encoder = model.image_encoder
     return rearrange(
         maps[..., encoder.num_prefix_tokens :], "... (r k) -> ... r k", r=encoder.grid[0]

@@ -37,7 +37,7 @@ class ImageEncoder(nn.Module):
     name                what `load_image_encoder` was asked for
     width               W
     grid                (rows, columns) of the patches, for pictures
-    num_prefix_tokens   features in front of the patches that belong to no place (a ViT's [CLS])
+    num_prefix_tokens   features in front of the patches that belong to none (a ViT's [CLS])
     image_size          pixels a side
     """
 

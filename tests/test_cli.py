@@ -490,15 +490,15 @@ def test_options_reach_the_configuration(capsys, small, monkeypatch, tmp_path):
         "seed": 7,
     }
     words = [w for name, x in options.items() for w in (f"--{name.replace('_', '-')}", str(x))]
-    words += ["--batch-size", "3", "--share", "0.7", "--keep-patches", "9", "--tensorboard"]
+    words += ["--batch-size", "3", "--share", "0.7", "--keep-features", "9", "--tensorboard"]
     words += ["--itm-pairs", "2", "--objectives", "itm,itc", "--no-hard-negatives"]
     run(capsys, *STAGE1, *words)
     options |= {"itm_pairs": 2, "objectives": "itm,itc", "hard_negatives": False}
-    options |= {"batch_size": 3, "share": 0.7, "keep_patches": 9, "tensorboard": True}
+    options |= {"batch_size": 3, "share": 0.7, "keep_features": 9, "tensorboard": True}
     data = {"data": ["scenes:4"], "validation": "scenes:2:1"}
     assert seen["config"] == Stage1Options(Path("run"), **data, **options)
     (source,), share = seen["batches"].sources, seen["batches"].share
-    assert (source.batch_size, source.keep_patches, share) == (3, 9, 0.7)
+    assert (source.batch_size, source.keep_features, share) == (3, 9, 0.7)
     assert seen["resume"] is False
 
 

@@ -24,7 +24,7 @@ PHOTOS = [
 ]
 TEXTS = ["the dog runs", "a red car on grass", "cat"]
 KERNEL = "blip2_edu.attention.scaled_dot_product_attention"
-PLACES = 10  # a class token and 3 x 3 patches
+FEATURES = 10  # a class token and 3 x 3 patches
 CLOSE = {"atol": 1e-6, "rtol": 1e-4}
 
 
@@ -49,7 +49,7 @@ class WrittenOut:
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         weights = scores.softmax(dim=-1)
-        if weights.shape[-1] == PLACES:
+        if weights.shape[-1] == FEATURES:
             if self.nudge and self.nudge[0] == len(self.kept):
                 _, place, size = self.nudge
                 weights = weights.index_put([torch.tensor(i) for i in place], weights[place] + size)
@@ -160,7 +160,7 @@ def test_what_belongs_to_no_place_is_left_out(model):
     relevance = match_relevance(
         model.stage1, model.encode_images(PHOTOS), *model.stage1.tokenizer(TEXTS)
     )
-    assert relevance.shape == (3, PLACES) and (relevance >= 0).all()
+    assert relevance.shape == (3, FEATURES) and (relevance >= 0).all()
     maps = match_attention(model, PHOTOS, TEXTS)
     torch.testing.assert_close(maps.flatten(1), relevance[:, 1:])
 
@@ -176,20 +176,20 @@ def test_rollout_equals_products_of_whole_matrices(model):
     """With the features among what is asked, every attention is one square matrix."""
     read = model.bridge.look(model.encode_images(PHOTOS))
     queries = small_models.QFORMER.num_queries
-    flow = torch.eye(queries + PLACES).expand(3, -1, -1)
+    flow = torch.eye(queries + FEATURES).expand(3, -1, -1)
     cross = list(read.cross_attention)
     for number, self_attention in enumerate(read.self_attention):
         steps = [(slice(0, queries), self_attention)]
         if number % 2 == 0:
             steps.append((slice(queries, None), cross[number // 2]))
         for columns, weights in steps:
-            step = torch.eye(queries + PLACES).repeat(3, 1, 1)
+            step = torch.eye(queries + FEATURES).repeat(3, 1, 1)
             step[:, :queries] /= 2
             step[:, :queries, columns] += weights.mean(dim=1) / 2
             flow = step @ flow
     expected = flow[:, :queries, queries + 1 :].unflatten(2, (3, 3))
     torch.testing.assert_close(attention_rollout(model, PHOTOS), expected, **CLOSE)
-    assert flow.sum(dim=-1).allclose(torch.ones(3, queries + PLACES))  # nothing is lost
+    assert flow.sum(dim=-1).allclose(torch.ones(3, queries + FEATURES))  # nothing is lost
 
 
 @pytest.mark.parametrize("kind", ["opt", "t5"])

@@ -375,7 +375,7 @@ def test_a_source_that_fills_no_batch_is_named(tmp_path):
 
 def test_patches_are_left_out_anew_in_every_step():
     some = source(8, 4)
-    few = replace(some, keep_patches=2)
+    few = replace(some, keep_features=2)
     kept = set()
     for step in range(6):
         whole, part = some.batch(step, 0, 1), few.batch(step, 0, 1)

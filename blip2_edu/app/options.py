@@ -74,7 +74,7 @@ class Reading:
     )
     queries: Annotated[int, Setting("learned queries; the paper has 32", 1)] = 16
     views: Annotated[int, Setting("1: the images, 2: and mirrored, more: and random crops", 1)] = 2
-    keep_patches: Annotated[
+    keep_features: Annotated[
         int | None, Setting("features of an image to learn from a step; default: all", 1)
     ] = None
     share: Annotated[float, Setting("batches of each further source for one", 0)] = 0.5

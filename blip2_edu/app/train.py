@@ -57,7 +57,7 @@ def stage1(context: typer.Context, options: Stage1Options) -> None:
     for name in options.data:
         pair = read(name, encoder, views=options.views, limit=options.limit, need="captions")
         sources.append(
-            Source(*pair, options.batch_size, options.seed, keep_patches=options.keep_patches)
+            Source(*pair, options.batch_size, options.seed, keep_features=options.keep_features)
         )
     held_out = read(options.validation, encoder, options.validation_split, need="captions")
     images = sum(len(source.usable) for source in sources)
@@ -141,7 +141,7 @@ def stage2_sources(options: Stage2Options, encoder: "ImageEncoder") -> "list[Sou
             options.batch_size,
             options.seed,
             options.captions_per_image,
-            keep_patches=options.keep_patches,
+            keep_features=options.keep_features,
         )
         for pair in told
     ] + [Source(*pair, options.questions_per_step, options.seed, ask=True) for pair in asked]

@@ -33,7 +33,7 @@ class Source:
 
     What a batch holds depends on the seed, the step and the rank alone. With `ask`, a text is the
     answer to one of the image's questions, else one of its captions. Images without are skipped.
-    `keep_patches` leaves only so many of the N features of an image, drawn anew in each step: it
+    `keep_features` leaves only so many of the N features of an image, drawn anew in each step: it
     must not be known again by one of them.
     """
 
@@ -43,7 +43,7 @@ class Source:
     seed: int = 0
     texts_per_image: int = 1
     ask: bool = False
-    keep_patches: int | None = None
+    keep_features: int | None = None
 
     def __post_init__(self):
         texts = self.examples.questions if self.ask else self.examples.captions
@@ -60,8 +60,8 @@ class Source:
         draw = np.random.default_rng([self.seed, step, rank])
         views = draw.integers(len(self.features.views), size=self.batch_size)
         features, image_ids = self.features.rows(chosen, views), torch.from_numpy(chosen)
-        if self.keep_patches:
-            kept = draw.random(features.shape[:2]).argsort(axis=1)[:, : self.keep_patches]
+        if self.keep_features:
+            kept = draw.random(features.shape[:2]).argsort(axis=1)[:, : self.keep_features]
             kept = repeat(torch.from_numpy(kept), "b k -> b k w", w=features.shape[2])
             features = features.gather(1, kept)  # (B, K, W)
         if self.ask:

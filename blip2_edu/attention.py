@@ -25,7 +25,7 @@ def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) ->
 
 
 class Attention(nn.Module):
-    """Self-attention when `context` is the input itself, cross-attention when it is something else.
+    """Self-attention if keys and values are made of the input itself, else cross-attention.
 
     Keys and values are made apart from the attending, so that they can be computed once and used
     often: by several passes over one image, or by every next word of a growing text.

@@ -65,7 +65,7 @@ class Prompts:
 
     @classmethod
     def for_model(cls, language_model: LanguageModel) -> "Prompts":
-        """SmolLM2's chat form for SmolLM2, and for others what the paper has."""
+        """The chat form of SmolLM2 for the embedded one, and for others what the paper has."""
         if language_model.name == "smollm2-135m":
             return cls.smollm2()
         return cls.t5() if language_model.is_encoder_decoder else cls.opt()
@@ -153,7 +153,8 @@ class Blip2(nn.Module):
     def encode_images(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
         """Open images and run the frozen encoder: features (B, N, W). Raises ImageError."""
         pixels = self.image_encoder.preprocess([open_image(image) for image in as_list(images)])
-        return self.image_encoder(pixels.to(self.device)).to(next(self.bridge.parameters()).dtype)
+        dtype = next((p.dtype for p in self.bridge.parameters()), torch.float32)
+        return self.image_encoder(pixels.to(self.device)).to(dtype)
 
     @torch.no_grad()
     def write(self, image_features: Tensor, prompts: list[str], **decoding) -> list[str]:
@@ -231,13 +232,16 @@ class Blip2(nn.Module):
         return self.stage1
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
-        """Write configuration, tokenizer and all that was learned; the frozen parts stay out."""
+        """Write the configuration and all that was learned; the frozen parts stay out."""
         folder = Path(folder)
+        values = {"bridge": describe(self.bridge)} | asdict(self.config)
         learned = {name: x.to(dtype) for name, x in self.bridge.state_dict().items()}
         save_tensors(learned, folder / "stage2.safetensors")
         if self.stage1 is not None:
             save_stage1(self.stage1, folder, dtype)
-        values = {"bridge": describe(self.bridge)} | asdict(self.config)
+        else:  # nor may that of another model stay behind
+            for name in ("stage1.json", "stage1.safetensors", "tokenizer.json"):
+                (folder / name).unlink(missing_ok=True)
         save_json(values, folder / "config.json")
 
     @classmethod

@@ -7,13 +7,14 @@ Axis letters: `B` images, `N` image features, `W` their width, `Q` vectors of th
 width of a word embedding, `D` width of the Q-Former, `H` heads.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from blip2_edu.attention import Attention, KeysValues
-from blip2_edu.errors import WeightsError
+from blip2_edu.errors import UserError, WeightsError
 from blip2_edu.qformer import QFormer, QFormerConfig
 from blip2_edu.stage1 import Blip2Stage1
 
@@ -34,19 +35,23 @@ class Look:
     self_attention: list[Tensor]
 
 
+class NoMaps(UserError, ValueError):
+    """A bridge attends to nothing, so there are no maps to show."""
+
+
 class Bridge(nn.Module):
     """Image features (B, N, W) -> soft prompt (B, Q, E); what every bridge has in common.
 
     config       a dataclass from which the bridge is made again
     image_width  W
-    num_queries  Q
+    num_queries  Q, the vectors of the soft prompt
     pretrained   names of the parameters that did not start at random; they learn at a lower rate
     """
 
-    config: Any
-    image_width: int
-    num_queries: int
-    pretrained: set[str]
+    def __init__(self, config: Any, image_width: int, num_queries: int):
+        super().__init__()
+        self.config, self.image_width, self.num_queries = config, image_width, num_queries
+        self.pretrained: set[str] = set()
 
     def forward(self, image_features: Tensor) -> Tensor:
         raise NotImplementedError
@@ -56,8 +61,8 @@ class Bridge(nn.Module):
         return []
 
     def look(self, image_features: Tensor) -> Look:
-        """The soft prompt, and the attention behind it. Raises ValueError if there is none."""
-        raise ValueError(f"A {type(self).__name__} attends to nothing: it has no maps to show.")
+        """The soft prompt, and the attention behind it. Raises NoMaps if there is none."""
+        raise NoMaps(f"A {type(self).__name__} attends to nothing: it has no maps to show.")
 
 
 @dataclass
@@ -87,10 +92,8 @@ class QFormerBridge(Bridge):
     """
 
     def __init__(self, config: QFormerBridgeConfig, words: Tensor):
-        super().__init__()
-        self.config, self.pretrained = config, set()
         sizes = config.qformer
-        self.image_width, self.num_queries = sizes.image_width, sizes.num_queries
+        super().__init__(config, sizes.image_width, sizes.num_queries)
         self.image_norm = nn.Identity()
         if config.norm_image_features:
             self.image_norm = nn.LayerNorm(sizes.image_width)
@@ -125,14 +128,21 @@ class QFormerBridge(Bridge):
         return Look(prompt, image, read.cross_attention, read.self_attention)
 
 
-# What a checkpoint's config.json may name. A new bridge is a class above and a line here.
-BRIDGES: dict[str, tuple[type, type[Bridge]]] = {"qformer": (QFormerBridgeConfig, QFormerBridge)}
+# What a config.json and `train stage2 --bridge` may name. A new bridge is a class, its config with
+# an `image_width` and defaults for everything else, and a line here.
+Maker = Callable[[Any, Tensor], Bridge]
+BRIDGES: dict[str, tuple[type, Maker]] = {"qformer": (QFormerBridgeConfig, QFormerBridge)}
 
 
 def describe(bridge: Bridge) -> dict[str, Any]:
-    """What `make_bridge` makes an untrained bridge of the same shape from, as JSON can hold it."""
-    kind = next(kind for kind, (_, of_kind) in BRIDGES.items() if isinstance(bridge, of_kind))
-    return {"kind": kind} | asdict(bridge.config)
+    """What `make_bridge` makes an untrained bridge of the same shape from, as JSON can hold it.
+
+    Raises WeightsError if it stands in no line of BRIDGES.
+    """
+    for kind, (_, bridge_class) in BRIDGES.items():
+        if type(bridge) is bridge_class:
+            return {"kind": kind} | asdict(bridge.config)
+    raise WeightsError(f"{type(bridge).__name__} has no line in BRIDGES: add one, to save it.")
 
 
 def make_bridge(description: dict[str, Any], words: Tensor) -> Bridge:
@@ -141,11 +151,11 @@ def make_bridge(description: dict[str, Any], words: Tensor) -> Bridge:
     Raises WeightsError if there is no such bridge.
     """
     settings = dict(description)
-    kind = settings.pop("kind", None)
+    kind = str(settings.pop("kind", None))
     if kind not in BRIDGES:
         raise WeightsError(f"There is no bridge {kind!r}, only {', '.join(BRIDGES)}.")
     config_class, bridge_class = BRIDGES[kind]
     try:
         return bridge_class(config_class(**settings), words)
-    except TypeError as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise WeightsError(f"A bridge cannot be made of this description: {error}.") from error

@@ -1,7 +1,7 @@
 """Runs a model over data and scores it: retrieval, captions, answers.
 
-Axis letters: `I` images, `T` texts, `k` best of them that are scored a second time. All scores are
-in percent.
+Axis letters: `I` images, `T` texts, `k` best of them that are scored a second time. Scores are in
+percent.
 """
 
 import time
@@ -149,7 +149,7 @@ def writing_scores(
 def images_per_second(
     model: Blip2, examples: Examples, num_beams: int = 5, batch_size: int = 16
 ) -> float:
-    """From the bytes of a photo to its caption, in a few full batches."""
+    """From the bytes of a photo to its caption, in two batches if there are so many photos."""
     count = min(len(examples), 2 * batch_size)
     model.caption([examples.image(0)], num_beams=num_beams)  # whatever is done once is done now
     start = time.perf_counter()

@@ -162,8 +162,9 @@ class Blip2Stage1(nn.Module):
             image_ids = number_pairs(text_ids)
         losses = {}
 
-        image_embeddings = self.embed_queries(seen.queries)  # (B, Q, P)
-        text_embeddings = self.embed_text(text_ids, text_mask)  # (B, P)
+        if {"itc", "itm"} & set(objectives):
+            image_embeddings = self.embed_queries(seen.queries)  # (B, Q, P)
+            text_embeddings = self.embed_text(text_ids, text_mask)  # (B, P)
         if "itc" in objectives:
             losses["itc"] = itc_loss(image_embeddings, text_embeddings, self.temperature, image_ids)
         if "itm" in objectives:
@@ -249,9 +250,11 @@ def load_stage1(folder: Path) -> Blip2Stage1:
     try:
         sizes = json.loads((folder / "stage1.json").read_text())
         config = Stage1Config(**sizes | {"qformer": QFormerConfig(**sizes["qformer"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        model = Blip2Stage1(config, Tokenizer(folder / "tokenizer.json"))
+    except WeightsError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{folder} holds no readable stage1.json: {error}") from error
-    model = Blip2Stage1(config, Tokenizer(folder / "tokenizer.json"))
     load_strictly(model, load_tensors(folder / "stage1.safetensors")[0])
     model.pretrained = set(model.state_dict())
     return model.eval()

@@ -15,7 +15,7 @@ MAX_TOKENS = 32  # as in LAVIS; the longest caption of a photograph is rarely ov
 
 
 def clean(text: str) -> str:
-    """Lower case, punctuation removed, single spaces: close to how BLIP-2 was trained."""
+    """Lower case, single spaces, no punctuation but ' and -: close to how BLIP-2 was trained."""
     return " ".join(re.sub(r"[^\w\s'-]", " ", text.lower()).split())
 
 

@@ -25,8 +25,7 @@ from tqdm.auto import tqdm
 from blip2_edu.app.hardware import native_bfloat16
 from blip2_edu.app.options import Stage1Training, TrainingConfig
 from blip2_edu.blip2 import Blip2
-from blip2_edu.checkpoints.runs import METRICS, open_run, save_state, trainable_state
-from blip2_edu.checkpoints.tensors import save_tensors
+from blip2_edu.checkpoints.runs import METRICS, open_run, save
 from blip2_edu.data.batches import Batch, Mixture, Source
 from blip2_edu.data.examples import Examples
 from blip2_edu.data.features import FeatureCache
@@ -67,7 +66,9 @@ def fit(
     config: TrainingConfig,
     resume: bool = False,
 ) -> Model:
-    """Train `model`, whose forward returns losses by name, on their sum; returns it.
+    """Train `model`, whose forward returns losses by name, on their sum.
+
+    Returns it as it is after the last step; the best one is in the folder, see `load_best`.
 
     model       its `pretrained` names the parameters that learn at the lower rate
     batches     what to learn from
@@ -94,17 +95,13 @@ def fit(
         record(accelerator, config, "train", step, losses)
         bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
         if (step + 1) % config.evaluate_every == 0 or step + 1 == steps:
-            model.eval()
             if accelerator.is_main_process:
                 with torch.no_grad(), accelerator.autocast():
-                    score, metrics = evaluate(model)
+                    score, metrics = evaluate(model.eval())
                 record(accelerator, config, "evaluation", step, metrics)
                 said = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
                 bar.write(f"step {step + 1}: {said}")
-                if score > best:
-                    best = score
-                    save_tensors(trainable_state(model), config.folder / "best.safetensors")
-                save_state(config.folder / "state.safetensors", model, optimizer, step + 1, best)
+                best = save(config.folder, model, optimizer, step + 1, score, best)
             accelerator.wait_for_everyone()
     return model.eval()
 

@@ -9,6 +9,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from blip2_edu import bridges
+from blip2_edu.app.cli import main
+from blip2_edu.app.options import Stage2Options
+from blip2_edu.app.train import new_blip2
 from blip2_edu.blip2 import Blip2
 from blip2_edu.bridges import Bridge, QFormerBridge, describe, make_bridge
 from blip2_edu.data.batches import Source
@@ -29,9 +32,7 @@ class PlainBridge(Bridge):
     """A linear layer on every feature: what a later lesson compares the Q-Former with."""
 
     def __init__(self, config: PlainConfig, words: Tensor):
-        super().__init__()
-        self.config, self.pretrained = config, set()
-        self.image_width, self.num_queries = config.image_width, tiny.PATCHES
+        super().__init__(config, config.image_width, tiny.PATCHES)
         self.projection = nn.Linear(config.image_width, words.shape[1])
 
     def forward(self, image_features: Tensor) -> Tensor:
@@ -100,12 +101,52 @@ def test_a_bridge_is_made_again_from_its_description(tmp_path):
     "description, words",
     [
         ({"kind": "ferry"}, "no bridge 'ferry', only qformer"),
-        ({}, "no bridge None"),
+        ({}, "no bridge 'None'"),
         ({"kind": "qformer", "colour": "red"}, "colour"),
         ({"kind": "qformer", "qformer": {"width": 8, "depth": 2}}, "depth"),
+        ({"kind": "qformer", "qformer": {"width": 8, "num_heads": 5}}, "divide"),
+        ({"kind": "qformer", "qformer": "large"}, "description"),
+        ({"kind": ["qformer"]}, "no bridge"),
     ],
 )
 def test_a_bridge_that_cannot_be_made_is_one_sentence(description, words):
     with pytest.raises(WeightsError, match=words) as error:
         make_bridge(description, torch.ones(3, 4))
     assert "\n" not in str(error.value)
+
+
+def test_the_command_line_trains_it_and_refuses_its_maps(plain, tmp_path, capsys):
+    PHOTO.save(tmp_path / "photo.png")
+    options = Stage2Options(
+        folder=tmp_path / "run",
+        validation=[],
+        bridge="plain",
+        encoder=plain.config.image_encoder,
+        language_model=plain.config.language_model,
+    )
+    model = new_blip2(options)
+    assert isinstance(model.bridge, PlainBridge) and model.stage1 is None
+    model.save_pretrained(tmp_path / "saved")
+    command = ["caption", str(tmp_path / "photo.png"), "--model", str(tmp_path / "saved")]
+    assert main(command) == 0
+    assert main([*command, "--attention", str(tmp_path / "map.png")]) == 1
+    assert "attends to nothing" in capsys.readouterr().err
+
+
+def test_a_bridge_without_a_line_is_not_saved_half(plain, tmp_path):
+    class Other(PlainBridge):
+        pass
+
+    words = plain.language_model.network.get_input_embeddings().weight
+    other = Other(PlainConfig(small_models.QFORMER.image_width), words)
+    model = Blip2(plain.config, plain.image_encoder, other, plain.language_model)
+    with pytest.raises(WeightsError, match="Other has no line in BRIDGES"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_saved_over_another_it_does_not_match_with_its_heads(plain, tmp_path):
+    plain.save_pretrained(tmp_path / "saved")
+    alone = Blip2(plain.config, plain.image_encoder, plain.bridge, plain.language_model)
+    alone.save_pretrained(tmp_path / "saved")
+    assert Blip2.from_pretrained(tmp_path / "saved").stage1 is None

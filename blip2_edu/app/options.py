@@ -113,6 +113,7 @@ class Stage2Options(TrainingConfig, Reading):
     ] = field(default_factory=list)
     ask_captions: Annotated[bool, Setting("and what the captions of --data answer")] = False
     stage1: Annotated[Path | None, Setting("folder of a finished stage 1")] = None
+    bridge: Annotated[str, Setting("qformer, or another that bridges.py has")] = "qformer"
     without_stage1: Annotated[bool, Setting("start from MiniLM, to see what stage 1 buys")] = False
     start_from: Annotated[
         str | None, Setting("go on from a finished stage 2: mini, or a folder")

@@ -83,9 +83,9 @@ def stage2(context: typer.Context, options: Stage2Options) -> None:
     if not options.data and not options.questions:
         raise typer.BadParameter("give --data with captions, --questions or both.")
     if options.start_from:
-        leave_out(context, "--start-from", "queries", "encoder", "language_model")
+        leave_out(context, "--start-from", "queries", "encoder", "language_model", "bridge")
     if options.stage1:
-        leave_out(context, "--stage1", "queries")
+        leave_out(context, "--stage1", "queries", "bridge")
     import torch
     from accelerate import PartialState
 
@@ -165,21 +165,30 @@ def new_stage1(size: str, num_queries: int, image_width: int) -> "Blip2Stage1":
 
 
 def new_blip2(options: Stage2Options) -> "Blip2":
-    """A BLIP-2 that knows what stage 1 taught, or, without one, what MiniLM knows."""
+    """A BLIP-2 that knows what stage 1 taught, or, without one, what MiniLM knows.
+
+    Another bridge than the Q-Former starts at random.
+    """
     from accelerate import PartialState
 
-    from blip2_edu.blip2 import Blip2
+    from blip2_edu.blip2 import Blip2, Blip2Config, Prompts
+    from blip2_edu.bridges import make_bridge
     from blip2_edu.language import load_language_model
     from blip2_edu.stage1 import load_stage1
     from blip2_edu.vision import load_image_encoder
 
     encoder = load_image_encoder(options.encoder)
+    with PartialState().main_process_first():  # it may have to be unpacked
+        writer = load_language_model(options.language_model)
+    if options.bridge != "qformer":
+        words = writer.network.get_input_embeddings().weight
+        bridge = make_bridge({"kind": options.bridge, "image_width": encoder.width}, words)
+        config = Blip2Config(encoder.name, writer.name, Prompts.for_model(writer))
+        return Blip2(config, encoder, bridge, writer)
     if options.stage1:
         reader = load_stage1(options.stage1)
     else:
         reader = new_stage1("mini", options.queries, encoder.width)
-    with PartialState().main_process_first():  # it may have to be unpacked
-        writer = load_language_model(options.language_model)
     model = Blip2.from_stage1(reader, encoder, writer)
     if not options.stage1:
         model.stage1 = None  # it has learned nothing that could match or retrieve

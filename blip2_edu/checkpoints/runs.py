@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from blip2_edu.checkpoints.tensors import load_strictly, load_tensors, save_tensors
+from blip2_edu.checkpoints.tensors import load_tensors, save_tensors
 from blip2_edu.errors import TrainingError
 
 METRICS = "metrics.jsonl"  # a line a step, and a line an evaluation
@@ -42,6 +42,22 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def save(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    score: float,
+    best: float,
+) -> float:
+    """Save the state after `step` steps, and the model if it is the best yet; the best score."""
+    if score > best:
+        best = score
+        save_tensors(trainable_state(model), folder / "best.safetensors")
+    save_state(folder / "state.safetensors", model, optimizer, step, best)
+    return best
+
+
 def save_state(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, best: float
 ) -> None:
@@ -60,12 +76,9 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     Raises TrainingError if it is the state of another model.
     """
     tensors, metadata = load_tensors(path)
-    parameters = trainable_state(model)
-    saved = {name: x.shape for name, x in tensors.items() if name.startswith("model.")}
-    if saved != {f"model.{name}": parameter.shape for name, parameter in parameters.items()}:
-        raise TrainingError(f"{path} is of another model: resume with the options of its run.")
-    for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[f"model.{name}"])
+    own = {k.removeprefix("model."): x for k, x in tensors.items() if k.startswith("model.")}
+    put_back(model, own, path)
+    for name, parameter in trainable_state(model).items():
         if f"optimizer.step.{name}" in tensors:  # not of a head whose objective is left out
             optimizer.state[parameter] = {
                 moment: tensors[f"optimizer.{moment}.{name}"].to(parameter.device)
@@ -84,7 +97,15 @@ def keep_metrics_before(path: Path, step: int) -> None:
 
 
 def load_best(model: nn.Module, folder: Path) -> None:
-    """Put the best model of a run into `model`. Raises WeightsError if it is another's."""
-    learned = trainable_state(model)
-    state, _ = load_tensors(folder / "best.safetensors")
-    load_strictly(model, model.state_dict() | state if state.keys() == learned.keys() else state)
+    """Put the best model of a run into `model`. Raises TrainingError if it is another's."""
+    path = folder / "best.safetensors"
+    put_back(model, load_tensors(path)[0], path)
+
+
+def put_back(model: nn.Module, saved: dict[str, Tensor], path: Path) -> None:
+    """Copy what `trainable_state` gave, read from `path`, into the parameters that learn."""
+    parameters = trainable_state(model)
+    if {k: x.shape for k, x in saved.items()} != {k: p.shape for k, p in parameters.items()}:
+        raise TrainingError(f"{path} is of another model: resume with the options of its run.")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(saved[name])

@@ -90,7 +90,8 @@ class Mixture:
 
     def _counts(self, processes: int) -> list[int]:
         first = self.sources[0].steps_per_epoch(processes)
-        return [first] + [round(self.share * first)] * (len(self.sources) - 1)
+        further = max(1, round(self.share * first)) if self.share else 0
+        return [first] + [further] * (len(self.sources) - 1)
 
     def steps_per_epoch(self, processes: int) -> int:
         return sum(self._counts(processes))

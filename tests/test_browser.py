@@ -189,7 +189,7 @@ def use_the_demo(page, files: dict[str, Path], name: str) -> None:
 
 
 def test_the_demo_as_an_app(page, files):
-    with server("voila", "blip2_edu/app.ipynb") as address:
+    with server("voila", "blip2_edu/app/app.ipynb") as address:
         page.goto(address)
         use_the_demo(page, files, "app")
 

@@ -119,6 +119,8 @@ class Blip2(nn.Module):
         self.image_encoder = image_encoder
         self.bridge = bridge
         self.language_model = language_model
+        if config.prompts.end_of_text is not None:  # what is taught and what is waited for
+            language_model.end_with(config.prompts.end_of_text)
         self.stage1 = stage1.requires_grad_(False) if stage1 is not None else None
         self.eval()
 
@@ -261,7 +263,7 @@ class Blip2(nn.Module):
         config, bridge_settings = ours
         stage1 = load_stage1(folder) if (folder / "stage1.json").exists() else None
         image_encoder = load_image_encoder(config.image_encoder)
-        language_model = load_language_model(config.language_model, config.prompts.end_of_text)
+        language_model = load_language_model(config.language_model)
         words = language_model.network.get_input_embeddings().weight
         bridge = make_bridge(bridge_settings, words)
         load_strictly(bridge, load_tensors(folder / "stage2.safetensors")[0])

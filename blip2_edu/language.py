@@ -67,17 +67,22 @@ class LanguageModel(nn.Module):
         self.is_encoder_decoder = network.config.is_encoder_decoder
         self.uses_alibi = tells_positions_by_alibi(network.config)
         self.width = network.get_input_embeddings().embedding_dim
-        self.end_token = tokenizer.eos_token_id if end_of_text is None else end_of_text
+        self.end_token: int = tokenizer.eos_token_id
+        if end_of_text is not None:
+            self.end_with(end_of_text)
+
+    def end_with(self, end_of_text: str | int | list[int]) -> None:
+        """Let texts end so from now on. Raises WeightsError if the tokenizer has no such token."""
         if isinstance(end_of_text, str):
-            ids = tokenizer.encode(end_of_text, add_special_tokens=False)
+            ids = self.tokenizer.encode(end_of_text, add_special_tokens=False)
             if not ids:
                 raise WeightsError(
-                    f"The tokenizer of {name} has no token for {end_of_text!r}, which should end "
-                    "a text: name another in the checkpoint's prompts."
+                    f"The tokenizer of {self.name} has no token for {end_of_text!r}, which should "
+                    "end a text: name another in the checkpoint's prompts."
                 )
             self.end_token = ids[-1]
-        if isinstance(end_of_text, list):
-            self.end_token = end_of_text[0]
+        else:
+            self.end_token = end_of_text[0] if isinstance(end_of_text, list) else end_of_text
 
     def train(self, mode: bool = True) -> "LanguageModel":
         """Stay in evaluation mode, whatever a parent asks for."""

@@ -411,3 +411,12 @@ def test_answering_leaves_the_mode_as_it_is(model):
     model.caption(photos(1), **SHORT)
     assert model.bridge.training
     model.eval()
+
+
+def test_the_prompts_decide_how_a_text_ends_from_the_first_step_on(model):
+    """Not only once it is read again: what is taught is what is waited for."""
+    language = small_models.language_model("opt")
+    config = replace(model.config, prompts=replace(model.config.prompts, end_of_text="\n"))
+    fresh = Blip2(config, model.image_encoder, model.bridge, language)
+    (newline,) = language.tokenizer.encode("\n", add_special_tokens=False)
+    assert fresh.language_model.end_token == newline != language.tokenizer.eos_token_id

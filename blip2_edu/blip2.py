@@ -129,8 +129,7 @@ class Blip2(nn.Module):
         cls, stage1: Blip2Stage1, image_encoder: ImageEncoder, language_model: LanguageModel
     ) -> "Blip2":
         """What stage 2 begins with: the Q-Former of stage 1 and a projection that knows nothing."""
-        words = language_model.network.get_input_embeddings().weight
-        bridge = QFormerBridge(QFormerBridgeConfig(stage1.config.qformer), words)
+        bridge = QFormerBridge(QFormerBridgeConfig(stage1.config.qformer), language_model.words)
         bridge.start_from(stage1)
         prompts = Prompts.for_model(language_model)
         config = Blip2Config(image_encoder.name, language_model.name, prompts)
@@ -264,8 +263,7 @@ class Blip2(nn.Module):
         stage1 = load_stage1(folder) if (folder / "stage1.json").exists() else None
         image_encoder = load_image_encoder(config.image_encoder)
         language_model = load_language_model(config.language_model)
-        words = language_model.network.get_input_embeddings().weight
-        bridge = make_bridge(bridge_settings, words)
+        bridge = make_bridge(bridge_settings, language_model.words)
         load_strictly(bridge, load_tensors(folder / "stage2.safetensors")[0])
         bridge.pretrained = set(bridge.state_dict())
         return cls(config, image_encoder, bridge, language_model, stage1)
@@ -322,8 +320,7 @@ def load_published(name: str | Path, folder: Path) -> Blip2:
     language_model = LanguageModel(
         str(name), theirs.language_model, tokenizer, theirs.generation_config.eos_token_id
     )
-    words = language_model.network.get_input_embeddings().weight
-    bridge = QFormerBridge(QFormerBridgeConfig(qformer, False, False), words)
+    bridge = QFormerBridge(QFormerBridgeConfig(qformer, False, False), language_model.words)
     state, _ = from_transformers(theirs.state_dict())
     # Their image norm is the last layer of the vision tower, and so of our encoder.
     load_strictly(bridge, {k: x for k, x in state.items() if not k.startswith("image_norm.")})

@@ -92,6 +92,11 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         return self.network.device
 
+    @property
+    def words(self) -> Tensor:
+        """All word embeddings, (V, E): what a soft prompt stands among."""
+        return self.network.get_input_embeddings().weight
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (...) -> word embeddings (..., E)."""
         return self.network.get_input_embeddings()(ids)
@@ -109,7 +114,7 @@ class LanguageModel(nn.Module):
         counts positions from the first vector on, padding or not.
         """
         side = "right" if self.is_encoder_decoder else "left"
-        dtype = self.network.get_input_embeddings().weight.dtype
+        dtype = self.words.dtype
         rows = []
         for vectors, prompt in zip(soft_prompt.to(dtype), prompts, strict=True):
             before, image, after = prompt.partition(IMAGE)

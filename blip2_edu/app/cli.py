@@ -18,7 +18,7 @@ from blip2_edu.app.options import SOURCE
 from blip2_edu.app.train import read, say, train
 from blip2_edu.checkpoints.embedded import INSTALL
 from blip2_edu.errors import UserError
-from blip2_edu.paths import ROOT
+from blip2_edu.paths import IMAGES
 
 if TYPE_CHECKING:
     from blip2_edu.blip2 import Blip2
@@ -119,7 +119,7 @@ def caption(
     from blip2_edu.data.batches import batched
     from blip2_edu.images import open_each
 
-    images = images or [os.path.relpath(path) for path in sorted(ROOT.glob("images/*.jpg"))]
+    images = images or [os.path.relpath(path) for path in sorted(IMAGES.glob("*.jpg"))]
     blip2, first, failed = None, None, False
     for names in batched(images, batch_size):
         opened, problems = open_each(names)

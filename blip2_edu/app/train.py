@@ -181,8 +181,8 @@ def new_blip2(options: Stage2Options) -> "Blip2":
     with PartialState().main_process_first():  # it may have to be unpacked
         writer = load_language_model(options.language_model)
     if options.bridge != "qformer":
-        words = writer.network.get_input_embeddings().weight
-        bridge = make_bridge({"kind": options.bridge, "image_width": encoder.width}, words)
+        description = {"kind": options.bridge, "image_width": encoder.width}
+        bridge = make_bridge(description, writer.words)
         config = Blip2Config(encoder.name, writer.name, Prompts.for_model(writer))
         return Blip2(config, encoder, bridge, writer)
     if options.stage1:

@@ -24,7 +24,7 @@ from blip2_edu.blip2 import Blip2, load_fastest
 from blip2_edu.checkpoints.published import checkpoint_folder
 from blip2_edu.errors import WeightsError
 from blip2_edu.images import MAX_DOWNLOAD_BYTES, ImageError, open_image
-from blip2_edu.paths import ROOT
+from blip2_edu.paths import IMAGES
 from blip2_edu.seeing import word_attention
 from blip2_edu.visualize import overlay
 
@@ -110,7 +110,7 @@ class Demo(widgets.VBox):
         self.words: torch.Tensor | None = None  # (words, R, K)
         self.history: list[Entry] = []
 
-        gallery = sorted((ROOT / "images").glob("*.jpg"))
+        gallery = sorted(IMAGES.glob("*.jpg"))
         self.picker = PhotoPicker(gallery, self.open_photo, self._refuse)
         wide = {"width": "100%"}
         self.checkpoint = widgets.Text(

@@ -114,22 +114,26 @@ class LanguageModel(nn.Module):
         counts positions from the first vector on, padding or not.
         """
         side = "right" if self.is_encoder_decoder else "left"
-        dtype = self.words.dtype
+        words = {prompt: self._words_around_image(prompt) for prompt in set(prompts)}
         rows = []
-        for vectors, prompt in zip(soft_prompt.to(dtype), prompts, strict=True):
-            before, image, after = prompt.partition(IMAGE)
-            if not image:
-                raise ValueError(f"the prompt {prompt!r} has no {IMAGE} to put the image in")
-            words = self.embed(self.token_ids(before)), self.embed(self.token_ids(after, True))
-            rows.append(torch.cat([words[0], vectors, words[1]]))  # (L of this prompt, E)
+        for vectors, prompt in zip(soft_prompt.to(self.words.dtype), prompts, strict=True):
+            before, after = words[prompt]
+            rows.append(torch.cat([before, vectors, after]))  # (L of this prompt, E)
         real = [torch.ones(len(row), dtype=torch.long, device=self.device) for row in rows]
         embeddings, mask = (pad_sequence(x, True, padding_side=side) for x in (rows, real))
         return embeddings, mask
 
+    def _words_around_image(self, prompt: str) -> tuple[Tensor, Tensor]:
+        """The embeddings of what a prompt says before its image and after it, (T, E) each."""
+        before, image, after = prompt.partition(IMAGE)
+        if not image:
+            raise ValueError(f"the prompt {prompt!r} has no {IMAGE} to put the image in")
+        return self.embed(self.token_ids(before)), self.embed(self.token_ids(after, True))
+
     def label_ids(self, texts: list[str]) -> Tensor:
-        """Texts -> token ids (B, T), each closed by the end token; -100 behind it."""
-        end = torch.tensor([self.end_token], device=self.device)
-        rows = [torch.cat([self.token_ids(text), end]) for text in texts]
+        """Texts -> token ids (B, T), each closed by the end token; -100 behind it. On the CPU."""
+        rows = self.tokenizer(texts, add_special_tokens=False).input_ids
+        rows = [torch.tensor([*ids, self.end_token], dtype=torch.long) for ids in rows]
         return pad_sequence(rows, batch_first=True, padding_value=-100)
 
     def loss(self, soft_prompt: Tensor, prompts: list[str], texts: list[str]) -> Tensor:
@@ -164,10 +168,10 @@ class LanguageModel(nn.Module):
         if self.is_encoder_decoder or self.uses_alibi:
             embeddings = repeat(embeddings, "b l e -> (b c) l e", c=copies)
             mask = repeat(mask, "b l -> (b c) l", c=copies)
-            logits = self.logits(embeddings, mask, labels)
+            logits = self.logits(embeddings, mask, labels.to(self.device))
         else:  # the same, several times faster: a prompt is read once for all of its texts
             logits = packed_logits(self.network, embeddings, mask, labels, copies)
-        return logits.float(), labels
+        return logits.float(), labels.to(self.device)
 
     def logits(self, embeddings: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
         """Logits (S, V) of the tokens of one text for each prompt; what `packed_logits` must equal.

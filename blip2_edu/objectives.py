@@ -7,7 +7,7 @@ the shared space.
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy, normalize, pad
 
 
 class _Gather(torch.autograd.Function):
@@ -118,6 +118,18 @@ def sample_hard_negatives(similarity: Tensor, same: Tensor) -> tuple[Tensor, Ten
     # A model that has come to NaN must reach its loss, which says so; multinomial would only crash.
     chances = scores[rows].softmax(dim=1).nan_to_num(nan=1.0)
     return rows, torch.multinomial(chances, 1)[:, 0]
+
+
+def query_overlap(queries: Tensor) -> Tensor:
+    """Mean squared cosine between the different queries of an image, a scalar from 0 to 1.
+
+    queries (B, Q, D). Not in the paper: in a short training the queries of an image become one and
+    the same within twenty steps, unless this is part of the loss.
+    """
+    unit = normalize(queries.float(), dim=-1)
+    cosines = unit @ unit.transpose(1, 2)  # (B, Q, Q), one on the diagonal
+    count = unit.shape[1]
+    return (cosines.square().sum((1, 2)) - count).mean() / (count * (count - 1))
 
 
 def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:

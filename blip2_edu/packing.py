@@ -24,20 +24,25 @@ def packed_logits(
 ) -> Tensor:
     """Logits (S, V): the prompt predicts the first token of a text, each token the next.
 
+    What stands where is found out on the CPU, where the labels are: a GPU would be asked and waited
+    for row by row.
+
     The C texts of an image follow its prompt in one row, without padding between them; each
     sees the prompt and itself, as if it stood there alone.
     """
-    place = torch.arange(labels.shape[1], device=labels.device)
-    text = torch.arange(1, 1 + copies, device=labels.device).repeat_interleave(len(place))
+    device = embeddings.device
+    place = torch.arange(labels.shape[1])
+    text = torch.arange(1, 1 + copies).repeat_interleave(len(place))
     place = place.repeat(copies)  # (C x T) both: which text, and which of its tokens
     labels = rearrange(labels, "(b c) t -> b (c t)", c=copies)
     scored = labels >= 0
     # All tokens are read but the last of each text, behind which nothing is asked.
     read = scored & pad(scored[:, 1:] & (place[1:] > 0), (0, 1))
     words = [row[kept] for row, kept in zip(labels, read, strict=True)]
-    ids = pad_sequence(words, batch_first=True)  # (B, R)
-    owner = pad_sequence([text[kept] for kept in read], batch_first=True, padding_value=-1)
-    behind = pad_sequence([place[kept] for kept in read], batch_first=True)
+    ids = pad_sequence(words, batch_first=True).to(device)  # (B, R)
+    owner = [text[kept] for kept in read]
+    owner = pad_sequence(owner, batch_first=True, padding_value=-1).to(device)
+    behind = pad_sequence([place[kept] for kept in read], batch_first=True).to(device)
 
     owner = torch.cat([mask - 1, owner], dim=1)  # (B, L + R): 0 the prompt, -1 padding
     mine, yours = owner[:, :, None], owner[:, None, :]
@@ -52,8 +57,8 @@ def packed_logits(
     ).logits  # (B, 1 + R, V)
     # A text's first token is predicted in column 0, by the prompt, the others by those before.
     column = torch.where(place > 0, pad(read.cumsum(dim=1)[:, :-1], (1, 0)), 0)
-    row = logits.shape[1] * torch.arange(len(logits), device=labels.device)[:, None]
-    return logits.flatten(0, 1).index_select(0, (row + column)[scored])
+    row = logits.shape[1] * torch.arange(len(logits))[:, None]
+    return logits.flatten(0, 1).index_select(0, (row + column)[scored].to(device))
 
 
 def positions(mask: Tensor) -> Tensor:

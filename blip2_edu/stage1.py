@@ -28,6 +28,7 @@ from blip2_edu.objectives import (
     itg_loss,
     itm_loss,
     number_pairs,
+    query_overlap,
     sample_hard_negatives,
     share_of_mean,
 )
@@ -144,14 +145,17 @@ class Blip2Stage1(nn.Module):
         image_ids: Tensor | None = None,
         objectives: Collection[str] = OBJECTIVES,
         itm_pairs: int | None = None,
+        itg_pairs: int | None = None,
         hard_negatives: bool = True,
+        spread: float = 0.0,
     ) -> dict[str, Tensor]:
         """The losses of one batch of pairs, by name; train on their sum.
 
         image_features (B, N, W); text_ids and text_mask (B, T), [CLS] first; image_ids (B,) as in
         `itc_loss`. itm_pairs limits ITM, by far the most costly of the three, to that many of the B
         pairs and as many negatives of either kind; hard_negatives=False draws these at random,
-        which a matching head that knows nothing yet learns from much sooner.
+        which a matching head that knows nothing yet learns from much sooner. itg_pairs limits ITG
+        likewise. spread is the weight of `query_overlap`, which is then one more loss.
 
         Under torch.distributed negatives come from the batches of all processes (A pairs), and the
         mean of the losses is that of the joined batch.
@@ -182,7 +186,10 @@ class Blip2Stage1(nn.Module):
                 image, image_features, text_ids, text_mask, *negatives, count=len(same[:itm_pairs])
             )
         if "itg" in objectives:
-            losses["itg"] = self._generation_loss(seen.cache, text_ids, text_mask)
+            cache = Cache(select(seen.cache.layers, slice(itg_pairs)), seen.cache.num_queries)
+            losses["itg"] = self._generation_loss(cache, text_ids[:itg_pairs], text_mask[:itg_pairs])
+        if spread:
+            losses["overlap"] = spread * query_overlap(seen.queries)
         return losses
 
     def _matching_loss(

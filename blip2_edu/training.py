@@ -6,8 +6,8 @@ goes on exactly as if it had never stopped, and nothing about random generators 
 
 import json
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from blip2_edu.app.hardware import native_bfloat16
 from blip2_edu.app.options import Stage1Training, TrainingConfig
 from blip2_edu.blip2 import Blip2
-from blip2_edu.checkpoints.runs import METRICS, open_run, save
+from blip2_edu.checkpoints.runs import METRICS, open_run, save_best, save_state, trainable_state
 from blip2_edu.data.batches import Batch, Mixture, Source
 from blip2_edu.data.examples import Examples
 from blip2_edu.data.features import FeatureCache
@@ -61,7 +61,7 @@ def parameter_groups(model: nn.Module, pretrained: set[str], config: TrainingCon
 def fit(
     model: Model,
     batches: Source | Mixture,
-    prepare: Callable[[Batch], dict],
+    prepare: Callable[[Batch, int], dict],
     evaluate: Callable[[Model], tuple[float, dict[str, float]]],
     config: TrainingConfig,
     resume: bool = False,
@@ -72,7 +72,7 @@ def fit(
 
     model       its `pretrained` names the parameters that learn at the lower rate
     batches     what to learn from
-    prepare     what the model's forward is called with, from a batch
+    prepare     what the model's forward is called with, from a batch and the number of its step
     evaluate    the score that decides which model is best, higher is better, and all metrics
 
     Raises TrainingError when the loss is not finite or there is nothing to resume.
@@ -82,7 +82,10 @@ def fit(
     model.to(accelerator.device)
     groups = parameter_groups(model, model.pretrained, config)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
-    start, best = open_run(config.folder, model, optimizer, resume, accelerator.is_main_process)
+    mean = Mean(model, config.average)
+    start, best = open_run(
+        config.folder, model, optimizer, mean.weights, resume, accelerator.is_main_process
+    )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     bar = tqdm(
         range(start, steps), initial=start, total=steps, disable=not accelerator.is_main_process
@@ -92,18 +95,54 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         losses = train_step(accelerator, wrapped, optimizer, batches, prepare, config, step)
+        mean.follow(model, step)
         record(accelerator, config, "train", step, losses)
         bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
         if (step + 1) % config.evaluate_every == 0 or step + 1 == steps:
             if accelerator.is_main_process:
-                with torch.no_grad(), accelerator.autocast():
-                    score, metrics = evaluate(model.eval())
-                record(accelerator, config, "evaluation", step, metrics)
+                with mean.instead(model):
+                    with torch.no_grad(), accelerator.autocast():
+                        score, metrics = evaluate(model.eval())
+                    record(accelerator, config, "evaluation", step, metrics)
+                    best = save_best(config.folder, model, score, best)
+                save_state(config.folder, model, optimizer, mean.weights, step + 1, best)
                 said = "  ".join(f"{name} {value:.2f}" for name, value in metrics.items())
                 bar.write(f"step {step + 1}: {said}")
-                best = save(config.folder, model, optimizer, step + 1, score, best)
             accelerator.wait_for_everyone()
     return model.eval()
+
+
+class Mean:
+    """The running mean of the weights that learn, often better than the last ones.
+
+    weights  by name; empty with decay 0, when there is none
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        state = trainable_state(model) if decay else {}
+        self.weights = {name: p.detach().clone() for name, p in state.items()}
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module, step: int) -> None:
+        """Move a little towards the weights of now; more in the first steps, which are forgotten."""
+        if self.weights:
+            now, decay = trainable_state(model), min(self.decay, (1 + step) / (10 + step))
+            pairs = [(mean, now[name]) for name, mean in self.weights.items()]
+            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - decay)
+
+    @contextmanager
+    def instead(self, model: nn.Module) -> Generator[None]:
+        """Let the model have the mean for its weights, for a while."""
+        now = trainable_state(model)
+        last = {name: now[name].data for name in self.weights}
+        for name, mean in self.weights.items():
+            now[name].data = mean
+        try:
+            yield
+        finally:
+            for name, weights in last.items():
+                now[name].data = weights
 
 
 def start_accelerator(config: TrainingConfig) -> Accelerator:
@@ -141,7 +180,7 @@ def train_step(
     wrapped: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: Source | Mixture,
-    prepare: Callable[[Batch], dict],
+    prepare: Callable[[Batch, int], dict],
     config: TrainingConfig,
     step: int,
 ) -> dict[str, float]:
@@ -151,7 +190,7 @@ def train_step(
     for part in range(parts):
         number = step * parts + part
         torch.manual_seed(seed_of(config.seed, number, rank))
-        batch = prepare(batches.batch(number, rank, accelerator.num_processes))
+        batch = prepare(batches.batch(number, rank, accelerator.num_processes), step)
         batch = send_to_device(batch, accelerator.device)
         last = part == parts - 1
         with accelerator.autocast(), nullcontext() if last else accelerator.no_sync(wrapped):
@@ -201,16 +240,23 @@ def train_stage1(
     """Stage 1 (paper, section 3.2); the best model is the one with the highest TR@1 + IR@1."""
     objectives = parse_objectives(config.objectives)
 
-    def prepare(batch: Batch) -> dict:
+    def prepare(batch: Batch, step: int) -> dict:
         text_ids, text_mask = model.tokenizer(batch.texts)
+        first: dict[str, int] = {}  # the same words of two images: neither is the other's negative
+        image_ids = [
+            first.setdefault(text, number)
+            for text, number in zip(batch.texts, batch.image_ids.tolist(), strict=True)
+        ]
         return {
             "image_features": batch.image_features,
             "text_ids": text_ids,
             "text_mask": text_mask,
-            "image_ids": batch.image_ids,
+            "image_ids": torch.tensor(image_ids),
             "objectives": objectives,
             "itm_pairs": config.itm_pairs,
-            "hard_negatives": config.hard_negatives,
+            "itg_pairs": config.itg_pairs,
+            "hard_negatives": step >= config.random_negatives,
+            "spread": config.spread,
         }
 
     def evaluate(model: Blip2Stage1) -> tuple[float, dict[str, float]]:
@@ -235,7 +281,7 @@ def train_stage2(
     """
     prompts = model.config.prompts
 
-    def prepare(batch: Batch) -> dict:
+    def prepare(batch: Batch, step: int) -> dict:
         texts = batch.texts
         if batch.questions is not None:
             asked = [model.question_prompt(question) for question in batch.questions]

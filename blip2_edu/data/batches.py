@@ -4,8 +4,8 @@ Everything random in a batch is drawn from (seed, step, rank), so that a resumed
 stopped one would have seen.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
-from blip2_edu.data.examples import Examples
+from blip2_edu.data.examples import DataError, Examples
 from blip2_edu.data.features import FeatureCache
 
 
@@ -62,18 +62,70 @@ class Source:
         features, image_ids = self.features.rows(chosen, views), torch.from_numpy(chosen)
         if self.keep_features:
             kept = draw.random(features.shape[:2]).argsort(axis=1)[:, : self.keep_features]
-            kept = repeat(torch.from_numpy(kept), "b k -> b k w", w=features.shape[2])
+            kept = torch.from_numpy(kept).to(features.device)
+            kept = repeat(kept, "b k -> b k w", w=features.shape[2])
             features = features.gather(1, kept)  # (B, K, W)
         if self.ask:
-            asked = [draw.choice(self.examples.questions[i]) for i in chosen]
+            questions = (self.examples.questions[i] for i in chosen)
+            asked = [each[draw.integers(len(each))] for each in questions]
             answers = [question["answer"] for question in asked]
             return Batch(features, image_ids, answers, [q["question"] for q in asked])
         texts = []
-        for i in chosen:
+        for i in chosen:  # those of an image that has fewer are taken again
             captions = self.examples.captions[i]
-            few = len(captions) < self.texts_per_image
-            texts += draw.choice(captions, self.texts_per_image, replace=few).tolist()
+            order = np.resize(draw.permutation(len(captions)), self.texts_per_image)
+            texts += [captions[place] for place in order]
         return Batch(features, image_ids, texts)
+
+
+@dataclass
+class Joined:
+    """Several sources that are as one: every batch has images of each, in fixed numbers.
+
+    A source goes through its own images at the pace of its batch size. So images of all are one
+    another's negatives, and a source can be seen more often than another, see `join`.
+    """
+
+    sources: list[Source]
+
+    @property
+    def batch_size(self) -> int:
+        return sum(source.batch_size for source in self.sources)
+
+    def steps_per_epoch(self, processes: int) -> int:
+        """As many steps as all images together fill."""
+        if not all(source.steps_per_epoch(processes) for source in self.sources):
+            return 0
+        images = sum(len(source.usable) for source in self.sources)
+        return images // (self.batch_size * processes)
+
+    def batch(self, step: int, rank: int, processes: int) -> Batch:
+        parts = [source.batch(step, rank, processes) for source in self.sources]
+        offsets = np.cumsum([0] + [len(source.examples) for source in self.sources[:-1]])
+        return Batch(
+            torch.cat([part.image_features for part in parts]),
+            torch.cat([part.image_ids + first for part, first in zip(parts, offsets, strict=True)]),
+            [text for part in parts for text in part.texts],
+            [q for part in parts for q in part.questions or []] if parts[0].questions else None,
+        )
+
+
+def join(sources: list[Source], weights: Sequence[float], batch_size: int) -> Joined:
+    """Share a batch among sources: to each in proportion to its images times its weight.
+
+    With weight 2 an image is seen twice as often as with 1; of every source there is at least one.
+    Raises DataError if the batch is too small for that.
+    """
+    if len(sources) > batch_size:
+        raise DataError(f"A batch of {batch_size} is too small for {len(sources)} sources.")
+    wanted = np.array([len(s.usable) * w for s, w in zip(sources, weights, strict=True)])
+    wanted = wanted * batch_size / wanted.sum()
+    sizes = np.maximum(np.floor(wanted).astype(int), 1)
+    while (missing := batch_size - sizes.sum()) != 0:
+        late = np.sign(missing) * (wanted - sizes)
+        late[(sizes == 1) & (missing < 0)] = -np.inf
+        sizes[late.argmax()] += np.sign(missing)
+    return Joined([replace(s, batch_size=int(n)) for s, n in zip(sources, sizes, strict=True)])
 
 
 @dataclass
@@ -84,7 +136,7 @@ class Mixture:
     first, and goes through its own images at that pace.
     """
 
-    sources: list[Source]
+    sources: Sequence[Source | Joined]
     share: float = 1.0
     seed: int = 0
 

@@ -29,14 +29,13 @@ def fused_attention(
 ) -> Tensor:
     """What the weights of `attention_weights` mix of the values, (B, H, L, C), by PyTorch's kernel.
 
-    On a CPU always in float32: with gradients its bfloat16 kernel takes ten times as long there.
+    bfloat16 on a CPU is attended in float32: with gradients its kernel takes ten times as long.
     """
-    dtype = query.dtype
-    with torch.autocast(query.device.type, enabled=False):
-        if query.device.type == "cpu":
-            query, key, value = query.float(), key.float(), value.float()
-        mixed = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    return mixed.to(dtype)
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):
+            exact = query.float(), key.float(), value.float()
+            return fused_attention(*exact, mask, dropout).bfloat16()
+    return scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
 class Attention(nn.Module):

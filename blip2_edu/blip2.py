@@ -61,6 +61,7 @@ class Prompts:
         return cls(
             caption=chat % "Describe the photo in one short sentence.",
             question=chat % "{question} Answer in a word or two.",
+            end_of_text="<|im_end|>",  # what the tokenizer names depends on who reads the file
         )
 
     @classmethod
@@ -80,18 +81,12 @@ class Blip2Config:
     prompts: Prompts
 
 
-# How a config.json named the settings of its bridge while the Q-Former was the only one.
-FORMER_SETTINGS = ("qformer", "norm_image_features", "norm_soft_prompt")
-
-
 def read_config(values: dict) -> tuple[Blip2Config, dict]:
     """A config.json of ours -> the configuration, and what `make_bridge` makes the bridge from."""
     config = Blip2Config(
         values["image_encoder"], values["language_model"], Prompts(**values["prompts"])
     )
-    if "bridge" in values:
-        return config, values["bridge"]
-    return config, {"kind": "qformer"} | {name: values[name] for name in FORMER_SETTINGS}
+    return config, values["bridge"]
 
 
 class Blip2(nn.Module):

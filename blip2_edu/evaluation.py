@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from blip2_edu.attention import select
@@ -16,7 +17,13 @@ from blip2_edu.blip2 import Blip2
 from blip2_edu.data.batches import batched
 from blip2_edu.data.examples import Examples
 from blip2_edu.data.features import FeatureCache
-from blip2_edu.metrics import blind_answers, caption_scores, retrieval_scores, vqa_accuracy
+from blip2_edu.metrics import (
+    blind_answers,
+    caption_scores,
+    naming_scores,
+    retrieval_scores,
+    vqa_accuracy,
+)
 from blip2_edu.objectives import itc_similarity
 from blip2_edu.stage1 import Blip2Stage1
 
@@ -58,6 +65,16 @@ def retrieval(
         reranked = retrieval_scores(for_images, owner, for_texts)
         scores |= {f"{name} re-ranked": value for name, value in reranked.items()}
     return scores
+
+
+@torch.no_grad()
+def query_cosine(model: Blip2Stage1, features: FeatureCache, images: int = 64) -> float:
+    """Mean cosine between the outputs of different queries of an image: 1 if they are all alike."""
+    rows = features.rows(range(min(images, len(features)))).to(model.temperature.device)
+    queries = normalize(model.qformer(model.project_image(rows)).queries.float(), dim=-1)
+    cosines = queries @ queries.transpose(1, 2)  # (I, Q, Q), one on the diagonal
+    count = queries.shape[1]
+    return ((cosines.sum((1, 2)) - count) / (count * (count - 1))).mean().item()
 
 
 @torch.no_grad()
@@ -118,7 +135,10 @@ def writing_scores(
     num_beams: int = 5,
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """Caption scores if there are captions, VQA accuracy if there are questions."""
+    """Caption scores if there are captions, VQA accuracy if there are questions.
+
+    Where the data say what is in an image, also how often a caption names it.
+    """
 
     def write(by: Callable, images: list[int], prompts: list[str], what: str) -> list[str]:
         bar = tqdm(total=len(images), desc=what, unit="text", **BAR)
@@ -137,6 +157,9 @@ def writing_scores(
         references = [examples.captions[i] for i in captioned]
         captions = write(model.write, captioned, prompts, "Captions")
         scores |= caption_scores(references, captions)
+        if any(examples.subjects):
+            told = [(examples.subjects[i], examples.scenes[i]) for i in captioned]
+            scores |= naming_scores(captions, *map(list, zip(*told, strict=True)))
     asked = [(i, question) for i, each in enumerate(examples.questions) for question in each]
     if asked:
         images, questions = [i for i, _ in asked], [question for _, question in asked]

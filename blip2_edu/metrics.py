@@ -60,6 +60,42 @@ def plain(text: str) -> str:
     return " ".join(re.sub(r"[^\w\s]|_", " ", text).split())
 
 
+PEOPLE = {"person", "people", "man", "men", "woman", "women", "boy", "girl", "child", "children"}
+
+
+def naming_scores(
+    captions: list[str], subjects: list[list[str]], scenes: list[list[str]]
+) -> dict[str, float]:
+    """In how many captions, in percent, the main thing has its name, and the place or action.
+
+    captions  one for each image
+    subjects  for each image words of which any will do, see `names`; an image without is left out.
+              "named, no person" is the share among images whose words name nobody (PEOPLE)
+    scenes    likewise
+    """
+    named = [
+        (names(caption, words), bool(PEOPLE & set(words)))
+        for caption, words in zip(captions, subjects, strict=True)
+        if words
+    ]
+    placed = [names(c, words) for c, words in zip(captions, scenes, strict=True) if words]
+    kinds = {
+        "named": [right for right, _ in named],
+        "named, no person": [right for right, person in named if not person],
+        "scene": placed,
+    }
+    return {name: 100 * sum(right) / len(right) for name, right in kinds.items() if right}
+
+
+def names(caption: str, words: Iterable[str]) -> bool:
+    """Does a caption hold any of these words, or its plural?"""
+    held = set(plain(caption).split())
+    endings = ("", "s", "es")
+    forms = {word + ending for word in words for ending in endings}
+    forms |= {word[:-1] + "ies" for word in words if word.endswith("y")}
+    return bool(held & {form.lower() for form in forms})
+
+
 def vqa_accuracy(answers: list[str], questions: list[dict]) -> dict[str, float]:
     """VQA accuracy, overall and by answer type, in percent.
 

@@ -187,7 +187,9 @@ class Blip2Stage1(nn.Module):
             )
         if "itg" in objectives:
             cache = Cache(select(seen.cache.layers, slice(itg_pairs)), seen.cache.num_queries)
-            losses["itg"] = self._generation_loss(cache, text_ids[:itg_pairs], text_mask[:itg_pairs])
+            losses["itg"] = self._generation_loss(
+                cache, text_ids[:itg_pairs], text_mask[:itg_pairs]
+            )
         if spread:
             losses["overlap"] = spread * query_overlap(seen.queries)
         return losses

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import TypeVar
 
 import numpy as np
@@ -26,11 +27,11 @@ from blip2_edu.app.hardware import native_bfloat16
 from blip2_edu.app.options import Stage1Training, TrainingConfig
 from blip2_edu.blip2 import Blip2
 from blip2_edu.checkpoints.runs import METRICS, open_run, save_best, save_state, trainable_state
-from blip2_edu.data.batches import Batch, Mixture, Source
+from blip2_edu.data.batches import Batch, Joined, Mixture, Source
 from blip2_edu.data.examples import Examples
 from blip2_edu.data.features import FeatureCache
 from blip2_edu.errors import TrainingError
-from blip2_edu.evaluation import retrieval, writing_scores
+from blip2_edu.evaluation import query_cosine, retrieval, writing_scores
 from blip2_edu.language import split_prefix
 from blip2_edu.stage1 import Blip2Stage1, parse_objectives
 
@@ -60,7 +61,7 @@ def parameter_groups(model: nn.Module, pretrained: set[str], config: TrainingCon
 
 def fit(
     model: Model,
-    batches: Source | Mixture,
+    batches: Source | Joined | Mixture,
     prepare: Callable[[Batch, int], dict],
     evaluate: Callable[[Model], tuple[float, dict[str, float]]],
     config: TrainingConfig,
@@ -125,7 +126,7 @@ class Mean:
 
     @torch.no_grad()
     def follow(self, model: nn.Module, step: int) -> None:
-        """Move a little towards the weights of now; more in the first steps, which are forgotten."""
+        """Move a little towards the weights of now; the first steps are forgotten sooner."""
         if self.weights:
             now, decay = trainable_state(model), min(self.decay, (1 + step) / (10 + step))
             pairs = [(mean, now[name]) for name, mean in self.weights.items()]
@@ -161,7 +162,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
-def count_steps(batches: Source | Mixture, config: TrainingConfig, processes: int) -> int:
+def count_steps(batches: Source | Joined | Mixture, config: TrainingConfig, processes: int) -> int:
     """Steps of the whole run. Raises TrainingError if the data do not fill one."""
     steps = int(config.epochs * batches.steps_per_epoch(processes)) // config.gradient_accumulation
     if steps == 0:
@@ -169,7 +170,7 @@ def count_steps(batches: Source | Mixture, config: TrainingConfig, processes: in
     for source in batches.sources if isinstance(batches, Mixture) else [batches]:
         if source.steps_per_epoch(processes) == 0:
             raise TrainingError(
-                f"A source of {len(source.usable)} images does not fill a batch of "
+                f"A source of {source.images} images does not fill a batch of "
                 f"{source.batch_size}: use a smaller --batch-size or --questions-per-step."
             )
     return steps
@@ -179,7 +180,7 @@ def train_step(
     accelerator: Accelerator,
     wrapped: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: Source | Mixture,
+    batches: Source | Joined | Mixture,
     prepare: Callable[[Batch, int], dict],
     config: TrainingConfig,
     step: int,
@@ -232,12 +233,15 @@ def _not_finite(losses: dict[str, Tensor], step: int, folder: Path) -> str:
 
 def train_stage1(
     model: Blip2Stage1,
-    batches: Source | Mixture,
-    validation: tuple[Examples, FeatureCache],
+    batches: Source | Joined | Mixture,
+    validation: list[tuple[Examples, FeatureCache]],
     config: Stage1Training,
     resume: bool = False,
 ) -> Blip2Stage1:
-    """Stage 1 (paper, section 3.2); the best model is the one with the highest TR@1 + IR@1."""
+    """Stage 1 (paper, section 3.2); the best model is the one with the highest TR@1 + IR@1.
+
+    validation: data with captions; a score is the mean over them.
+    """
     objectives = parse_objectives(config.objectives)
 
     def prepare(batch: Batch, step: int) -> dict:
@@ -260,15 +264,16 @@ def train_stage1(
         }
 
     def evaluate(model: Blip2Stage1) -> tuple[float, dict[str, float]]:
-        scores = retrieval(model, *validation)
-        return scores["TR@1"] + scores["IR@1"], scores
+        scores = mean_scores([retrieval(model, *held_out) for held_out in validation])
+        cosine = fmean(query_cosine(model, features) for _, features in validation)
+        return scores["TR@1"] + scores["IR@1"], scores | {"query cosine": cosine}
 
     return fit(model, batches, prepare, evaluate, config, resume)
 
 
 def train_stage2(
     model: Blip2,
-    batches: Source | Mixture,
+    batches: Source | Joined | Mixture,
     validation: list[tuple[Examples, FeatureCache]],
     config: TrainingConfig,
     resume: bool = False,
@@ -298,10 +303,13 @@ def train_stage2(
 
     def evaluate(model: Blip2) -> tuple[float, dict[str, float]]:
         each = [writing_scores(model, *held_out, num_beams=1) for held_out in validation]
-        scores = {}
-        for name in {name: None for found in each for name in found}:  # in the order they came
-            values = [found[name] for found in each if name in found]
-            scores[name] = sum(values) / len(values)
+        scores = mean_scores(each)
         return scores.get("CIDEr", 0.0) + scores.get("VQA", 0.0), scores
 
     return fit(model, batches, prepare, evaluate, config, resume)
+
+
+def mean_scores(each: list[dict[str, float]]) -> dict[str, float]:
+    """Of scores by name, those of several data sets, the mean over the data sets that have them."""
+    names = {name: None for scores in each for name in scores}  # in the order they came
+    return {name: fmean(scores[name] for scores in each if name in scores) for name in names}

@@ -108,8 +108,11 @@ class ImageEncoder(nn.Module):
         return digest.hexdigest()
 
 
-def load_image_encoder(name: str = "efficientnet-lite0") -> ImageEncoder:
-    """The embedded EfficientNet-Lite0, or any transformers vision tower by folder or hub id.
+def load_image_encoder(name: str = "efficientnet-lite2") -> ImageEncoder:
+    """The embedded EfficientNet-Lite2 or Lite0, or any transformers vision tower by name.
+
+    name  efficientnet-lite2, which `mini` sees with; efficientnet-lite0, of coarser grid and half
+          the time; a folder or a hub id
 
     Of a published BLIP-2 it is the part that sees. Raises WeightsError if the weights cannot be had
     or are not a vision tower's.

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from blip2_edu.attention import Attention, append_keys_values, attention_weights
+from blip2_edu.attention import (
+    Attention,
+    append_keys_values,
+    attention_weights,
+    fused_attention,
+)
 
 B, L, S, D, W, H = 2, 3, 5, 12, 7, 3
 
@@ -101,6 +106,24 @@ def test_gradients(inputs):
         return attention(x, attention.keys_values(context), MASK[:, None, None, :])[0]
 
     assert torch.autograd.gradcheck(run, (x, context))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_bfloat16_is_attended_in_float32_and_comes_back(masked):
+    """Against the weights written out, in float32 on the same rounded numbers; gradients, too."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 8, dtype=torch.bfloat16) for n in (4, 5, 5))
+    mask = torch.rand(2, 1, 4, 5) > 0.3 if masked else None
+    given = [x.requires_grad_() for x in (query, key, value)]
+    mixed = fused_attention(query, key, value, mask)
+    assert mixed.dtype == torch.bfloat16
+    exact = [x.detach().float().requires_grad_() for x in given]
+    expected = attention_weights(exact[0], exact[1], mask) @ exact[2]
+    assert torch.equal(mixed, expected.bfloat16()) or (mixed - expected).abs().max() < 2e-2
+    mixed.float().square().sum().backward()
+    expected.square().sum().backward()
+    for ours, right in zip(given, exact, strict=True):
+        torch.testing.assert_close(ours.grad.float(), right.grad, atol=0.05, rtol=0.05)
 
 
 def test_heads_must_divide_the_width():

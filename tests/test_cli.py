@@ -129,7 +129,8 @@ STAGE2 = ["train", "stage2", "--validation", "scenes:2:1", "--folder", "run"]
     [
         ([*STAGE1, "--objectives", "itc,rot"], "no objective rot"),
         ([*STAGE1, "--epochs", "nan"], "--epochs"),
-        ([*STAGE1, "--share", "inf"], "inf is no number"),
+        ([*STAGE1, "--spread", "inf"], "inf is no number"),
+        ([*STAGE1, "--weight", "nan"], "nan is no number"),
         ([*STAGE1, "--seed", str(2**64)], "--seed"),
         (STAGE1[:-2], "--folder"),
         (STAGE2, "give --stage1 FOLDER, --without-stage1 or --start-from FOLDER"),
@@ -490,16 +491,44 @@ def test_options_reach_the_configuration(capsys, small, monkeypatch, tmp_path):
         "seed": 7,
     }
     words = [w for name, x in options.items() for w in (f"--{name.replace('_', '-')}", str(x))]
-    words += ["--batch-size", "3", "--share", "0.7", "--keep-features", "9", "--tensorboard"]
-    words += ["--itm-pairs", "2", "--objectives", "itm,itc", "--no-hard-negatives"]
+    words += ["--batch-size", "3", "--weight", "0.7", "--keep-features", "9", "--tensorboard"]
+    words += ["--itm-pairs", "2", "--objectives", "itm,itc", "--random-negatives", "8"]
+    words += ["--itg-pairs", "1", "--spread", "0.5", "--average", "0.9"]
     run(capsys, *STAGE1, *words)
-    options |= {"itm_pairs": 2, "objectives": "itm,itc", "hard_negatives": False}
-    options |= {"batch_size": 3, "share": 0.7, "keep_features": 9, "tensorboard": True}
-    data = {"data": ["scenes:4"], "validation": "scenes:2:1"}
+    options |= {"itm_pairs": 2, "objectives": "itm,itc", "random_negatives": 8}
+    options |= {"itg_pairs": 1, "spread": 0.5, "average": 0.9}
+    options |= {"batch_size": 3, "weight": [0.7], "keep_features": 9, "tensorboard": True}
+    data = {"data": ["scenes:4"], "validation": ["scenes:2:1"]}
     assert seen["config"] == Stage1Options(Path("run"), **data, **options)
-    (source,), share = seen["batches"].sources, seen["batches"].share
-    assert (source.batch_size, source.keep_features, share) == (3, 9, 0.7)
+    (source,) = seen["batches"].sources
+    assert (source.batch_size, source.keep_features) == (3, 9)
     assert seen["resume"] is False
+
+
+def test_weights_share_a_batch(capsys, small, monkeypatch):
+    seen = {}
+
+    def train(model, batches, *others):
+        seen["batches"] = batches
+        raise training.TrainingError("enough")
+
+    monkeypatch.setattr(training, "train_stage1", train)
+    monkeypatch.setattr(training, "train_stage2", train)
+    more = ["--data", "scenes:8:5", "--weight", "2", "--weight", "0.5"]
+    run(capsys, *STAGE1, *more, "--batch-size", "6")
+    assert [source.batch_size for source in seen["batches"].sources] == [4, 2]
+    asked = ["--questions", "scenes:4:7", "--question-weight", "1", "--question-weight", "3"]
+    others = ["--question-weight", "1", "--ask-captions", "--questions-per-step", "6"]
+    words = [*STAGE2, "--without-stage1", "--data", "scenes:4", *more, *asked, *others]
+    run(capsys, *words, "--batch-size", "6", "--share", "0.25")
+    captions, questions = seen["batches"].sources
+    assert [source.batch_size for source in captions.sources] == [4, 2]
+    assert [source.batch_size for source in questions.sources] == [1, 3, 2]  # of 4, 4 and 8 images
+    assert seen["batches"].share == 0.25
+    assert "--weight is given 1 times for 2" in fails(
+        capsys, *STAGE1, "--data", "scenes:8:5", "--weight", "2", code=2
+    )
+    assert "weight above 0" in fails(capsys, *STAGE1, "--weight", "0")
 
 
 # Weights and doctor ------------------------------------------------------------------------------

@@ -93,6 +93,14 @@ def test_questions(tmp_path):
     assert question["question"] == "who?" and question["answer_type"] == "other"
 
 
+def test_what_a_caption_should_name(tmp_path):
+    columns = {"caption": ["a", "b"], "subject": [["dog", " puppy"], None], "scene": ["park", ""]}
+    read = load_examples(
+        parquet(tmp_path, columns, {"caption": TEXT, "subject": List(TEXT), "scene": TEXT})
+    )
+    assert read.subjects == [["dog", "puppy"], []] and read.scenes == [["park"], []]
+
+
 def test_image_folder_with_metadata(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()

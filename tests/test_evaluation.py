@@ -13,6 +13,8 @@ from blip2_edu.evaluation import images_per_second, rerank, retrieval, writing_s
 from blip2_edu.metrics import (
     blind_answers,
     caption_scores,
+    names,
+    naming_scores,
     normalise_answer,
     plain,
     pointing_game,
@@ -237,6 +239,32 @@ def question(answers: list[str], answer_type: str = "other", question_type: str 
         "answer_type": answer_type,
         "question_type": question_type,
     }
+
+
+@pytest.mark.parametrize(
+    "caption, word, named",
+    [
+        ("Two dogs' toys.", "toy", True),
+        ("A catalogue", "cat", False),
+        ("Buses and a puppy", "bus", True),
+        ("Puppies play", "puppy", True),
+        ("A DOG", "dog", True),
+        ("a dog", "Dog", True),
+        ("a bus", "buses", False),
+        ("", "dog", False),
+    ],
+)
+def test_a_word_or_its_plural(caption, word, named):
+    assert names(caption, ["zebra", word]) is named
+
+
+def test_naming_scores():
+    captions = ["a man on a horse", "a horse", "a dog", "a street"]
+    subjects = [["man", "person"], ["horse", "pony"], ["cat"], []]
+    scenes = [["field"], ["horse"], [], ["street", "road"]]
+    scores = naming_scores(captions, subjects, scenes)
+    assert scores == pytest.approx({"named": 200 / 3, "named, no person": 50, "scene": 200 / 3})
+    assert naming_scores(["a"], [[]], [[]]) == {}
 
 
 @pytest.mark.parametrize("agree", range(11))

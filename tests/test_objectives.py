@@ -12,6 +12,7 @@ from blip2_edu.objectives import (
     itc_similarity,
     itg_loss,
     itm_loss,
+    query_overlap,
     sample_hard_negatives,
 )
 
@@ -123,6 +124,25 @@ def test_a_broken_similarity_still_gives_columns(bad):
     """The loss is to tell of NaN, in words; multinomial would crash before it."""
     rows, columns = sample_hard_negatives(torch.full((3, 3), bad), torch.eye(3).bool())
     assert len(rows) == 3 and columns.max() < 3
+
+
+def test_the_overlap_of_queries_by_hand():
+    """Cosines of 1, 0 and 0.6 between three queries; the second image has all alike."""
+    three = torch.tensor([[3.0, 0, 0], [0, 0, 2], [0.6, 0.8, 0]])
+    apart, alike = three[None], torch.ones(1, 3, 3)
+    assert query_overlap(apart).item() == pytest.approx(0.6**2 / 3)
+    assert query_overlap(alike).item() == pytest.approx(1)
+    assert query_overlap(torch.cat([apart, alike])).item() == pytest.approx((0.12 + 1) / 2)
+
+
+def test_less_overlap_drives_queries_apart():
+    queries = (torch.ones(2, 4, 8) + 0.01 * torch.randn(2, 4, 8)).requires_grad_()
+    optimizer = torch.optim.SGD([queries], lr=1.0)
+    for _ in range(200):
+        optimizer.zero_grad()
+        query_overlap(queries).backward()
+        optimizer.step()
+    assert query_overlap(queries) < 0.01
 
 
 def test_itm_of_a_guess():

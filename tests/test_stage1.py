@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from blip2_edu.checkpoints.names import from_transformers, to_transformers
 from blip2_edu.checkpoints.tensors import load_strictly
-from blip2_edu.objectives import itc_similarity
+from blip2_edu.objectives import itc_similarity, query_overlap
 from blip2_edu.qformer import QFormerConfig
 from blip2_edu.stage1 import Blip2Stage1, Stage1Config
 
@@ -210,6 +210,18 @@ def test_every_parameter_learns():
 def test_only_what_was_asked_for():
     batch = (random_image(TINY, 2, 5), *random_text(TINY, [5, 3]))
     assert set(untrained()(*batch, objectives=["itg", "itc"])) == {"itc", "itg"}
+
+
+@torch.no_grad()
+def test_itg_of_some_pairs_and_the_spread():
+    model, image = random_stage1(TINY), random_image(TINY, 4, 5)
+    ids, mask = random_text(TINY, [5, 4, 3, 5])
+    some = model(image, ids, mask, objectives=["itg"], itg_pairs=2, spread=0.5)
+    assert set(some) == {"itg", "overlap"}
+    few = model(image[:2], ids[:2], mask[:2], objectives=["itg"])
+    torch.testing.assert_close(some["itg"], few["itg"])
+    queries = model.qformer(model.project_image(image)).queries
+    torch.testing.assert_close(some["overlap"], 0.5 * query_overlap(queries))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Training that can be killed at any moment, stops on nonsense, and moves what it should move."""
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 
 from blip2_edu.checkpoints.runs import keep_metrics_before
 from blip2_edu.checkpoints.tensors import load_tensors
-from blip2_edu.data.batches import Mixture, Source
+from blip2_edu.data.batches import Mixture, Source, join
+from blip2_edu.data.examples import DataError
 from blip2_edu.errors import TrainingError
+from blip2_edu.stage1 import Blip2Stage1
 from blip2_edu.training import (
+    Mean,
     Stage1Training,
     TrainingConfig,
     fit,
@@ -86,7 +90,7 @@ def fit_line(folder: Path, batches=None, resume: bool = False, **settings) -> nn
     return fit(
         Line(),
         batches or Points(),
-        lambda batch: batch,
+        lambda batch, step: batch,
         evaluate,
         config(folder, **settings),
         resume,
@@ -367,6 +371,44 @@ def test_a_mixture_holds_an_epoch_of_the_first_and_a_share_of_the_others():
         assert sorted(torch.cat(two).tolist()) == list(range(6))
 
 
+def test_a_joined_batch_has_images_of_each_source_in_proportion():
+    joined = join([source(20, 1), source(10, 1, seed=1)], [1.0, 4.0], batch_size=6)
+    assert [part.batch_size for part in joined.sources] == [2, 4]
+    assert joined.steps_per_epoch(1) == 5
+    batches = [joined.batch(step, 0, 1) for step in range(10)]
+    for step, batch in enumerate(batches):
+        parts = [part.batch(step, 0, 1) for part in joined.sources]
+        assert batch.texts == parts[0].texts + parts[1].texts
+        assert torch.equal(batch.image_features[2:], parts[1].image_features)
+    ids = torch.stack([batch.image_ids for batch in batches])
+    assert sorted(ids[:, :2].flatten().tolist()) == list(range(20))
+    assert (ids[:, 2:] >= 20).all() and (ids[:, 2:] < 30).all()
+
+
+def test_joined_questions_stay_with_their_answers():
+    examples = tiny.captioned(4)
+    examples.questions = [[{"question": f"who is {i}?", "answer": f"{i}"}] for i in range(4)]
+    asked = Source(examples, tiny.random_features(4), 1, ask=True)
+    batch = join([asked, asked], [1, 1], batch_size=4).batch(0, 0, 1)
+    assert [f"who is {text}?" for text in batch.texts] == batch.questions
+    assert batch.image_ids.tolist()[2:] == [int(text) + 4 for text in batch.texts[2:]]
+
+
+@pytest.mark.parametrize("counts", [(1000, 3, 2), (5, 5, 5), (7, 900, 1)])
+def test_of_every_source_there_is_at_least_one(counts):
+    joined = join([source(n, 1) for n in counts], [1, 1, 1], batch_size=10)
+    sizes = [part.batch_size for part in joined.sources]
+    assert sum(sizes) == 10 and min(sizes) >= 1
+    assert sorted(range(3), key=lambda i: counts[i])[-1] == sizes.index(max(sizes))
+
+
+def test_what_cannot_be_joined():
+    with pytest.raises(DataError, match="batch of 1 is too small for 2 sources"):
+        join([source(4, 1)] * 2, [1, 1], batch_size=1)
+    with pytest.raises(DataError, match="weight above 0"):
+        join([source(4, 1)] * 2, [1, 0], batch_size=2)
+
+
 def test_a_source_that_fills_no_batch_is_named(tmp_path):
     batches = Mixture([source(8, 2), source(6, 7)])
     with pytest.raises(TrainingError, match="6 images does not fill a batch of 7"):
@@ -457,13 +499,55 @@ def test_an_objective_left_out_can_be_resumed(tmp_path, monkeypatch):
     assert set(first) == {"step", "kind", "itc"}
 
 
+def test_the_mean_of_the_weights_is_what_is_kept(tmp_path):
+    """By hand: decay min(0.8, (1 + t) / (10 + t)), from the weights that the run began with."""
+    seen = []
+    follow = Mean.follow
+
+    def watch(self, model, step):
+        follow(self, model, step)
+        seen.append(model.qformer.norm.weight.detach().clone())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mean, "follow", watch)
+        tiny.run_stage1(tmp_path / "run", epochs=1)
+    mean = torch.ones_like(seen[0])
+    for step, weight in enumerate(seen):
+        decay = min(0.8, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * weight
+    best = load_tensors(tmp_path / "run" / "best.safetensors")[0]["qformer.norm.weight"]
+    state = load_tensors(tmp_path / "run" / "state.safetensors")[0]
+    torch.testing.assert_close(best, mean)
+    assert torch.equal(best, state["mean.qformer.norm.weight"])
+    assert torch.equal(seen[-1], state["model.qformer.norm.weight"])
+    assert not torch.equal(best, seen[-1])
+
+
+def test_equal_words_of_two_images_are_no_negatives(tmp_path, monkeypatch):
+    examples, seen = tiny.captioned(4, captions=1), []
+    examples.captions[2] = examples.captions[0]
+    monkeypatch.setattr(
+        Blip2Stage1, "forward", lambda self, **given: seen.append(given) or {"x": self.temperature}
+    )
+    words = tiny.tokenizer(tmp_path)
+    batches = Source(examples, tiny.random_features(4), 4)
+    held_out = [(examples, tiny.random_features(4))]
+    settings = Stage1Training(tmp_path / "run", epochs=3, random_negatives=2)
+    train_stage1(tiny.stage1(words=words), batches, held_out, settings)
+    for step, given in enumerate(seen):
+        texts, ids = batches.batch(step, 0, 1).texts, given["image_ids"]
+        for a, b in itertools.product(range(4), repeat=2):
+            assert (ids[a] == ids[b]) == (texts[a] == texts[b])
+    assert [given["hard_negatives"] for given in seen] == [False, False, True]
+
+
 def test_stage1_learns_eight_pairs_by_heart(tmp_path):
     examples, features = tiny.captioned(8, captions=1), tiny.random_features(8)
     settings = {"epochs": 60, "evaluate_every": 60, "learning_rate_new": 1e-3}
     train_stage1(
         tiny.stage1(dropout=0.0, words=tiny.tokenizer(tmp_path)),
         Source(examples, features, 8),
-        (examples, features),
+        [(examples, features)],
         Stage1Training(tmp_path / "run", **settings),
     )
     lines = metrics(tmp_path / "run", "train")

@@ -32,9 +32,9 @@ EGYPTIAN_CAT = 285
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
 
-@pytest.fixture(scope="module")
-def efficientnet() -> ImageEncoder:
-    return load_image_encoder()
+@pytest.fixture(scope="module", params=["efficientnet-lite0", "efficientnet-lite2"])
+def efficientnet(request) -> ImageEncoder:
+    return load_image_encoder(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -63,22 +63,25 @@ def test_efficientnet_knows_a_cat(efficientnet):
 def test_efficientnet_features(efficientnet):
     pixels = efficientnet.preprocess(noise(2))
     features = efficientnet(pixels)
-    assert features.shape == (2, 49, 1280) == (2, efficientnet.num_features, efficientnet.width)
-    assert efficientnet.grid == (7, 7) and efficientnet.num_prefix_tokens == 0
+    side = {"efficientnet-lite0": 7, "efficientnet-lite2": 9}[efficientnet.name]
+    assert features.shape == (2, side**2, 1280)
+    assert efficientnet.grid == (side, side) and efficientnet.num_prefix_tokens == 0
+    assert (efficientnet.num_features, efficientnet.width) == (side**2, 1280)
     grid = efficientnet.network.extract_features(pixels)  # (B, W, rows, columns)
-    assert torch.equal(features[:, 7 * 2 + 5], grid[:, :, 2, 5])
+    assert torch.equal(features[:, side * 2 + 5], grid[:, :, 2, 5])
 
 
 def test_efficientnet_pixels(efficientnet):
     """What the network was trained on: (value - 127) / 128, squashed, not cropped."""
-    image = noise(1, (224, 224))[0]
+    size = efficientnet.image_size
+    image = noise(1, (size, size))[0]
     pixels = efficientnet.preprocess([image])
     expected = (torch.tensor(np.asarray(image), dtype=torch.float32) - 127) / 128
     torch.testing.assert_close(pixels[0], expected.permute(2, 0, 1), **CLOSE)
     halves = Image.new("RGB", (1000, 10), "black")
     halves.paste("white", (500, 0, 1000, 10))
     wide = efficientnet.preprocess([halves])[0]
-    assert wide.shape == (3, 224, 224)
+    assert wide.shape == (3, size, size)
     assert (wide[:, :, :100] < 0).all() and (wide[:, :, -100:] > 0).all()
 
 

@@ -12,12 +12,12 @@ from blip2_edu.checkpoints.published import checkpoint_folder
 from blip2_edu.errors import WeightsError
 
 NEEDS = {
-    "caption": {"efficientnet-lite0", "smollm2-135m", "mini"},
-    "ask": {"efficientnet-lite0", "smollm2-135m", "mini"},
-    "match": {"efficientnet-lite0", "smollm2-135m", "mini"},
-    "train stage1": {"efficientnet-lite0", "minilm-l6"},
-    "train stage2": {"efficientnet-lite0", "smollm2-135m"},
-    "all lessons": {"efficientnet-lite0", "minilm-l6", "smollm2-135m", "mini"},
+    "caption": {"efficientnet-lite2", "smollm2-135m", "mini"},
+    "ask": {"efficientnet-lite2", "smollm2-135m", "mini"},
+    "match": {"efficientnet-lite2", "smollm2-135m", "mini"},
+    "train stage1": {"efficientnet-lite2", "minilm-l6"},
+    "train stage2": {"efficientnet-lite2", "smollm2-135m"},
+    "all lessons": {*EMBEDDED, "mini"},
 }
 
 
@@ -96,7 +96,9 @@ def _embedded(name: str) -> Check:
         file = embedded_file(name)
     except WeightsError as error:
         return Check(name, str(error), False)
-    if name == "efficientnet-lite0" and not importlib.util.find_spec("efficientnet_lite_pytorch"):
+    if name.startswith("efficientnet") and not importlib.util.find_spec(
+        "efficientnet_lite_pytorch"
+    ):
         return Check(name, f"The code of this network is not installed: run `{INSTALL}`.", False)
     return Check(name, f"intact, {file.stat().st_size / 1e6:.0f} MB")
 

@@ -67,24 +67,27 @@ class Stage1Training(TrainingConfig):
     random_negatives: Annotated[
         int, Setting("first steps in which ITM's negatives are random, then similar ones", 0)
     ] = 0
-    spread: Annotated[float, Setting("weight of the cosine between queries; not in the paper", 0)] = (
-        0.0
-    )
+    spread: Annotated[
+        float, Setting("weight of the cosine between queries; not in the paper", 0)
+    ] = 0.0
 
 
 @dataclass(kw_only=True)
 class Reading:
     """What both stages ask of the data and of the run."""
 
-    encoder: Annotated[str, Setting("efficientnet-lite0, a folder, or a hub id")] = (
-        "efficientnet-lite0"
-    )
-    queries: Annotated[int, Setting("learned queries; the paper has 32", 1)] = 16
+    encoder: Annotated[
+        str, Setting("efficientnet-lite2 or its smaller -lite0, a folder, or a hub id")
+    ] = "efficientnet-lite2"
+    queries: Annotated[int, Setting("learned queries, as many as in the paper", 1)] = 32
+    weight: Annotated[
+        list[float],
+        Setting("how often the images of a --data are seen, one for each; default: 1", 0),
+    ] = field(default_factory=list)
     views: Annotated[int, Setting("1: the images, 2: and mirrored, more: and random crops", 1)] = 2
     keep_features: Annotated[
         int | None, Setting("features of an image to learn from a step; default: all", 1)
     ] = None
-    share: Annotated[float, Setting("batches of each further source for one", 0)] = 0.5
     limit: Annotated[int | None, Setting("use the first N examples only", 1)] = None
     validation_split: Annotated[
         str, Setting("which part, of a hub data set or a divided folder")
@@ -97,7 +100,7 @@ class Stage1Options(Stage1Training, Reading):
     """`train stage1`."""
 
     data: Annotated[list[str], Setting(AGAIN)]
-    validation: Annotated[str, Setting(SOURCE)]
+    validation: Annotated[list[str], Setting(AGAIN)]
     size: Annotated[
         Literal["mini", "base"], Setting("start from MiniLM-L6, or as the paper from BERT-base")
     ] = "mini"
@@ -119,6 +122,11 @@ class Stage2Options(TrainingConfig, Reading):
         list[str], Setting("with questions; sources as for stage 1, again for more")
     ] = field(default_factory=list)
     ask_captions: Annotated[bool, Setting("and what the captions of --data answer")] = False
+    question_weight: Annotated[
+        list[float],
+        Setting("as --weight, for each --questions, then for what --ask-captions asks", 0),
+    ] = field(default_factory=list)
+    share: Annotated[float, Setting("batches of questions for one of captions", 0)] = 0.5
     stage1: Annotated[Path | None, Setting("folder of a finished stage 1")] = None
     bridge: Annotated[str, Setting("qformer, or another that bridges.py has")] = "qformer"
     without_stage1: Annotated[bool, Setting("start from MiniLM, to see what stage 1 buys")] = False
@@ -178,7 +186,7 @@ def _parameter(setting: Field, hint: Any) -> inspect.Parameter:
         help=words.help,
         min=words.min,
         max=words.max,
-        callback=_finite if hint.__origin__ is float else None,
+        callback=_finite if hint.__origin__ in (float, list[float]) else None,
         file_okay=setting.name != "folder",
     )
     return inspect.Parameter(
@@ -189,8 +197,9 @@ def _parameter(setting: Field, hint: Any) -> inspect.Parameter:
     )
 
 
-def _finite(value: float) -> float:
+def _finite(value: float | list[float]) -> float | list[float]:
     """ "nan" and "inf" are floats, too, and refused."""
-    if not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no number to train with.")
+    for number in value if isinstance(value, list) else [value]:
+        if not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is no number to train with.")
     return value

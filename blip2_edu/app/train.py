@@ -9,7 +9,7 @@ from blip2_edu.errors import TrainingError
 
 if TYPE_CHECKING:
     from blip2_edu.blip2 import Blip2
-    from blip2_edu.data.batches import Source
+    from blip2_edu.data.batches import Joined, Source
     from blip2_edu.data.examples import Examples
     from blip2_edu.data.features import FeatureCache
     from blip2_edu.stage1 import Blip2Stage1
@@ -37,7 +37,7 @@ def stage1(context: typer.Context, options: Stage1Options) -> None:
     from accelerate import PartialState
 
     from blip2_edu.checkpoints.runs import load_best
-    from blip2_edu.data.batches import Mixture, Source
+    from blip2_edu.data.batches import Source
     from blip2_edu.stage1 import load_stage1, parse_objectives, save_stage1
     from blip2_edu.training import train_stage1
     from blip2_edu.vision import load_image_encoder
@@ -59,10 +59,12 @@ def stage1(context: typer.Context, options: Stage1Options) -> None:
         sources.append(
             Source(*pair, options.batch_size, options.seed, keep_features=options.keep_features)
         )
-    held_out = read(options.validation, encoder, options.validation_split, need="captions")
-    images = sum(len(source.usable) for source in sources)
-    say(f"Stage 1: {options.objectives} on {images} images.")
-    batches = Mixture(sources, options.share, options.seed)
+    batches = weighed(sources, options.weight, options.batch_size, "--weight")
+    held_out = [
+        read(name, encoder, options.validation_split, need="captions")
+        for name in options.validation
+    ]
+    say(f"Stage 1: {options.objectives} on {batches.images} images.")
     train_stage1(model, batches, held_out, options, options.resume)
     if PartialState().is_main_process:
         load_best(model, options.folder)
@@ -100,14 +102,14 @@ def stage2(context: typer.Context, options: Stage2Options) -> None:
     if many and model.language_model.is_encoder_decoder:
         raise typer.BadParameter("an encoder-decoder takes --captions-per-image 1.")
     encoder = model.image_encoder.to(PartialState().device)
-    sources = stage2_sources(options, encoder)
+    joined = stage2_sources(options, encoder)
     held_out = [
         read(name, encoder, options.validation_split, limit=options.validation_limit)
         for name in options.validation
     ]
-    images, known = sum(len(source.usable) for source in sources), len(model.pretrained)
-    say(f"Stage 2: {len(sources)} sources, {images} images, {known} tensors to go on.")
-    batches = Mixture(sources, options.share, options.seed)
+    count, images = sum(len(kind.sources) for kind in joined), sum(kind.images for kind in joined)
+    say(f"Stage 2: {count} sources, {images} images, {len(model.pretrained)} tensors to go on.")
+    batches = Mixture(joined, options.share, options.seed)
     train_stage2(model, batches, held_out, options, options.resume)
     if PartialState().is_main_process:
         load_best(model, options.folder)
@@ -115,8 +117,8 @@ def stage2(context: typer.Context, options: Stage2Options) -> None:
         say(f"The best model is in {options.folder}: try `caption --model {options.folder}`.")
 
 
-def stage2_sources(options: Stage2Options, encoder: "ImageEncoder") -> "list[Source]":
-    """Captions, then questions of people, then what the captions answer."""
+def stage2_sources(options: Stage2Options, encoder: "ImageEncoder") -> "list[Joined]":
+    """Captions, then questions: of people, and what the captions answer."""
     from blip2_edu.data.batches import Source
     from blip2_edu.data.features import FeatureCache
     from blip2_edu.data.questions import with_questions
@@ -135,7 +137,7 @@ def stage2_sources(options: Stage2Options, encoder: "ImageEncoder") -> "list[Sou
             (with_questions(examples), FeatureCache(features.views[:whole]))
             for examples, features in told
         ]
-    return [
+    captions = [
         Source(
             *pair,
             options.batch_size,
@@ -144,7 +146,30 @@ def stage2_sources(options: Stage2Options, encoder: "ImageEncoder") -> "list[Sou
             keep_features=options.keep_features,
         )
         for pair in told
-    ] + [Source(*pair, options.questions_per_step, options.seed, ask=True) for pair in asked]
+    ]
+    questions = [
+        Source(*pair, options.questions_per_step, options.seed, ask=True) for pair in asked
+    ]
+    joined = []
+    if captions:
+        joined.append(weighed(captions, options.weight, options.batch_size, "--weight"))
+    if questions:
+        size, weights = options.questions_per_step, options.question_weight
+        joined.append(weighed(questions, weights, size, "--question-weight"))
+    return joined
+
+
+def weighed(
+    sources: "list[Source]", weights: list[float], batch_size: int, option: str
+) -> "Joined":
+    """Join sources by the weights that an option gave, or all alike."""
+    from blip2_edu.data.batches import join
+
+    if weights and len(weights) != len(sources):
+        raise typer.BadParameter(
+            f"{option} is given {len(weights)} times for {len(sources)} sources."
+        )
+    return join(sources, weights or [1.0] * len(sources), batch_size)
 
 
 def new_stage1(size: str, num_queries: int, image_width: int) -> "Blip2Stage1":

@@ -49,8 +49,12 @@ class Source:
         texts = self.examples.questions if self.ask else self.examples.captions
         self.usable = np.array([i for i, of_image in enumerate(texts) if of_image])
 
+    @property
+    def images(self) -> int:
+        return len(self.usable)
+
     def steps_per_epoch(self, processes: int) -> int:
-        return len(self.usable) // (self.batch_size * processes)
+        return self.images // (self.batch_size * processes)
 
     def batch(self, step: int, rank: int, processes: int) -> Batch:
         epoch, position = divmod(step, self.steps_per_epoch(processes))
@@ -92,12 +96,15 @@ class Joined:
     def batch_size(self) -> int:
         return sum(source.batch_size for source in self.sources)
 
+    @property
+    def images(self) -> int:
+        return sum(source.images for source in self.sources)
+
     def steps_per_epoch(self, processes: int) -> int:
         """As many steps as all images together fill."""
         if not all(source.steps_per_epoch(processes) for source in self.sources):
             return 0
-        images = sum(len(source.usable) for source in self.sources)
-        return images // (self.batch_size * processes)
+        return self.images // (self.batch_size * processes)
 
     def batch(self, step: int, rank: int, processes: int) -> Batch:
         parts = [source.batch(step, rank, processes) for source in self.sources]
@@ -114,10 +121,12 @@ def join(sources: list[Source], weights: Sequence[float], batch_size: int) -> Jo
     """Share a batch among sources: to each in proportion to its images times its weight.
 
     With weight 2 an image is seen twice as often as with 1; of every source there is at least one.
-    Raises DataError if the batch is too small for that.
+    Raises DataError if the batch is too small for that, or a weight not above 0.
     """
     if len(sources) > batch_size:
         raise DataError(f"A batch of {batch_size} is too small for {len(sources)} sources.")
+    if min(weights) <= 0:
+        raise DataError("A source is given a weight above 0, or left out.")
     wanted = np.array([len(s.usable) * w for s, w in zip(sources, weights, strict=True)])
     wanted = wanted * batch_size / wanted.sum()
     sizes = np.maximum(np.floor(wanted).astype(int), 1)

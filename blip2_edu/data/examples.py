@@ -3,7 +3,7 @@
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,9 @@ class Examples:
     images: Sequence  # of {"bytes", "path"}, as `datasets` stores them undecoded
     captions: list[list[str]]  # several an image; empty lists when there are none
     questions: list[list[dict]]  # question, answer and `QUESTION`; empty when there are none
+    # What a caption should name: any of these words. Empty where nobody wrote any down.
+    subjects: list[list[str]] = field(default_factory=list)
+    scenes: list[list[str]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -54,7 +57,8 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
 
     Captions may be a list or a string in `captions`, `caption` or `text`, or stand in columns
     `caption_0`, `caption_1`, ...; `questions` is a list of dicts with at least `question` and
-    `answer`. Raises DataError.
+    `answer`; words that name what is seen, and where, may be lists in `subject` and `scene`. Raises
+    DataError.
     """
     from datasets import Dataset, Features, load_dataset
     from datasets import Image as ImageFeature
@@ -91,7 +95,7 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
     missing = table.with_format("arrow")[:][image_column].is_null().index(True).as_py()
     if missing >= 0:
         raise DataError(f"{source} has no image in row {missing}.")
-    captions, questions = [], []
+    captions, questions, subjects, scenes = [], [], [], []
     for number, row in enumerate(table.remove_columns(image_column)):
         captions.append([text for column in columns for text in _as_list(row[column], column)])
         asked = row.get("questions") or []
@@ -99,7 +103,10 @@ def load_examples(source: str | Path, split: str = "train", limit: int | None = 
             raise DataError(f"{source} has a question without text or answer in row {number}.")
         given = [{key: x for key, x in question.items() if x is not None} for question in asked]
         questions.append([QUESTION | question for question in given])
-    return Examples(table[image_column], captions, questions)  # images stay on the disk
+        subjects.append(_as_list(row.get("subject"), "subject"))
+        scenes.append(_as_list(row.get("scene"), "scene"))
+    images = table[image_column]  # they stay on the disk
+    return Examples(images, captions, questions, subjects, scenes)
 
 
 def _part(parts: "DatasetDict", split: str) -> "Dataset":

@@ -68,8 +68,9 @@ def run_stage1(
     """Five steps an epoch; the same everywhere, whatever else the process did."""
     folder.parent.mkdir(exist_ok=True)
     batches = Source(captioned(20), random_features(20, 2), batch_size=4)
-    held_out = (captioned(6, seed=1), random_features(6, seed=1))
+    held_out = [(captioned(6, seed=1), random_features(6, seed=1))]
     settings = {"learning_rate_new": 1e-3, "evaluate_every": 7, "objectives": objectives}
+    settings |= {"average": 0.8, "random_negatives": 3}
     model = stage1(words=tokenizer(folder.parent))
     model.pretrained = {"qformer.norm.weight"}
     config = Stage1Training(folder, epochs, **settings)

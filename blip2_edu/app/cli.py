@@ -7,6 +7,7 @@ Whatever a user can get wrong ends in one sentence on stderr and an exit code, n
 import json
 import os
 import sys
+import warnings
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,7 @@ import typer
 
 from blip2_edu import __version__
 from blip2_edu.app.options import SOURCE
-from blip2_edu.app.train import read, say, train
+from blip2_edu.app.train import printable, read, say, train
 from blip2_edu.checkpoints.embedded import INSTALL
 from blip2_edu.errors import UserError
 from blip2_edu.paths import IMAGES
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # an old Windows console cannot show every letter
             stream.reconfigure(errors="replace")
+    warnings.formatwarning = one_line
     try:
         code = app(arguments, prog_name="python -m blip2_edu", standalone_mode=False)
     except typer.TyperException as error:
@@ -61,6 +63,17 @@ def main(arguments: list[str] | None = None) -> int:
     if code == 130:
         return fail("Stopped.", 130)
     return code or 0
+
+
+def one_line(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """A warning as users read it, without the place in the code."""
+    return f"{printable(str(message))}\n"
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -26,7 +26,7 @@ class Setting(NamedTuple):
     max: float | None = None
 
 
-SOURCE = "parquet file, image folder, hub id, or scenes:N for N drawn scenes"
+SOURCE = "table, image folder, archive, hub id, or scenes:N for N drawn scenes"
 AGAIN = SOURCE + "; again for more"
 # With a default of its own in each stage.
 Epochs = Annotated[float, Setting("how often to go through the data", 0)]

@@ -19,9 +19,13 @@ train = typer.Typer(help="Train the Q-Former: stage 1, then stage 2.", rich_mark
 
 
 def say(text: str, to_stderr: bool = False) -> None:
-    """Print one line; a control character, which a file name can hold, becomes a `?`."""
-    shown = [c if c.isprintable() else " " if c.isspace() else "?" for c in text]
-    typer.echo("".join(shown), err=to_stderr)
+    """Print one line, see `printable`."""
+    typer.echo(printable(text), err=to_stderr)
+
+
+def printable(text: str) -> str:
+    """One line; a control character, which a file name can hold, becomes a `?`."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
 
 
 @train.command()

@@ -24,7 +24,7 @@ from blip2_edu.app.options import Stage1Options, Stage2Options
 from blip2_edu.app.train import new_blip2
 from blip2_edu.checkpoints import embedded, published
 from blip2_edu.checkpoints.tensors import load_tensors
-from blip2_edu.data import examples, features
+from blip2_edu.data import examples, features, sources
 from blip2_edu.stage1 import save_stage1
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +50,7 @@ def place(tmp_path, monkeypatch):
     """Nothing is read from or written to the course's own folders, nor looked up on the hub."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -356,6 +357,23 @@ def test_evaluate_without_reranking(capsys, model, monkeypatch):
 @pytest.mark.parametrize("source", ["none.parquet", "scenes:many", "somebody/photos"])
 def test_data_that_cannot_be_read(capsys, model, source):
     assert source in fails(capsys, "evaluate", "--data", source, "--model", model)
+
+
+def test_evaluate_without_a_text(capsys, model, photo):
+    Path("empty.csv").write_text("image,caption\nphoto.jpg,\n")
+    sentence = fails(capsys, "evaluate", "--data", "empty.csv", "--model", model)
+    assert sentence == "empty.csv has neither captions nor questions: all texts are empty."
+
+
+def test_a_warning_is_one_line(photo, tmp_path):
+    Path("two.csv").write_text("image,mask,caption\nphoto.jpg,photo.jpg,a dog\n")
+    command = [sys.executable, "-m", "blip2_edu", "evaluate", "--blind", "two.csv"]
+    command += ["--data", "two.csv", "--model", "none"]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=offline)
+    warning, mistake = done.stderr.splitlines()
+    assert warning == "two.csv has several columns of images; image is taken, not mask."
+    assert '"none"' in mistake and done.returncode == 1
 
 
 # Train -------------------------------------------------------------------------------------------

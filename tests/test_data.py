@@ -5,18 +5,23 @@ import json
 import os
 import re
 import shutil
+import tarfile
+import zipfile
 
 import datasets
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from helpers import tiny
 from PIL import Image, ImageOps
 
-from blip2_edu.data import features
+from blip2_edu.data import examples as examples_module
+from blip2_edu.data import features, sources
 from blip2_edu.data.examples import DataError, Examples, load_examples, tidy
 from blip2_edu.data.features import FeatureCache, open_features, view_of
 from blip2_edu.images import ImageError
@@ -52,6 +57,7 @@ def parquet(folder, columns: dict, types: dict, images: list | None = None) -> s
 def no_litter(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr(features, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
 
 
 # Data sets ---------------------------------------------------------------------------------------
@@ -195,6 +201,233 @@ def test_scenes():
     assert load_examples("scenes:3:8").captions != examples.captions
 
 
+# One row a caption: pictures 0 and 1 with their captions in turn, one of them twice.
+ROWS = [(0, "a dog"), (1, "a cat"), (0, "the dog"), (1, "the cat"), (0, "a dog")]
+
+
+def rows_table() -> Dataset:
+    rows = [{"image": {"bytes": png(picture(i)), "path": None}, "text": text} for i, text in ROWS]
+    return Dataset.from_list(rows, features=Features({"image": ImageFeature(), "text": TEXT}))
+
+
+def rows_in_parquet(folder):
+    rows_table().to_parquet(str(folder / "photos.parquet"))
+    return folder / "photos.parquet"
+
+
+def rows_saved(folder):
+    rows_table().save_to_disk(str(folder / "photos"))
+    return folder / "photos"
+
+
+def rows_saved_in_parts(folder):
+    parts = {"train": rows_table(), "validation": rows_table().select([0])}
+    DatasetDict(parts).save_to_disk(str(folder / "photos"))
+    return folder / "photos"
+
+
+def rows_in_a_clone(folder):
+    (folder / "photos" / "data").mkdir(parents=True)
+    (folder / "photos" / "README.md").write_text("A data set of the hub.")
+    (folder / "photos" / ".gitattributes").write_text("*.parquet filter=lfs")
+    for shard, rows in enumerate(([0, 1, 2], [3, 4])):
+        file = folder / "photos" / "data" / f"train-0000{shard}-of-00002.parquet"
+        rows_table().select(rows).to_parquet(str(file))
+    file = folder / "photos" / "data" / "validation-00000-of-00001.parquet"
+    rows_table().select([0]).to_parquet(str(file))
+    return folder / "photos"
+
+
+def image_files(folder):
+    (folder / "images").mkdir(parents=True)
+    for i in range(2):
+        picture(i).save(folder / "images" / f"{i}.png")
+
+
+def rows_in_metadata(folder):
+    image_files(folder / "photos")
+    lines = [json.dumps({"file_name": f"images/{i}.png", "caption": text}) for i, text in ROWS]
+    (folder / "photos" / "metadata.jsonl").write_text("\n".join(lines))
+    return folder / "photos"
+
+
+def rows_in_csv(folder):
+    image_files(folder)
+    lines = [f"images/{i}.png,{text}" for i, text in ROWS]
+    (folder / "captions.csv").write_text("\n".join(["image,caption", *lines]), "utf-8-sig")
+    return folder / "captions.csv"
+
+
+def rows_in_jsonl(folder):
+    image_files(folder)
+    rows = [{"image": str(folder / "images" / f"{i}.png"), "caption": text} for i, text in ROWS]
+    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "captions.jsonl"
+
+
+def rows_in_zip(folder):
+    inside = rows_in_metadata(folder)
+    (folder / "zipped").mkdir()
+    with zipfile.ZipFile(folder / "zipped" / "images.zip", "w") as archive:
+        for file in inside.rglob("*"):
+            archive.write(file, file.relative_to(inside))
+    shutil.rmtree(inside)
+    return folder / "zipped"
+
+
+def rows_in_tar(folder):
+    """As WebDataset has it: files of the same name beside one another."""
+    with tarfile.open(folder / "photos.tar", "w") as archive:
+        for number, (i, text) in enumerate(ROWS):
+            for ending, content in (("png", png(picture(i))), ("txt", f"{text}\n".encode())):
+                member = tarfile.TarInfo(f"{number:05}.{ending}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return folder / "photos.tar"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        rows_in_parquet,
+        rows_saved,
+        rows_saved_in_parts,
+        rows_in_a_clone,
+        rows_in_metadata,
+        rows_in_csv,
+        rows_in_jsonl,
+        rows_in_zip,
+        rows_in_tar,
+    ],
+)
+def test_every_kind_of_source_with_a_row_a_caption(tmp_path, monkeypatch, make):
+    source = make(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(examples_module, "open_image", lambda stored: 1 / 0)
+        examples = load_examples(source)  # decodes nothing
+    assert examples.captions == WANTED
+    for i in range(2):
+        assert examples.image(i).tobytes() == picture(i).tobytes()
+    assert load_examples(source, limit=1).captions == WANTED[:1]
+
+
+@pytest.mark.parametrize("limit, wanted", [(None, WANTED), (2, WANTED), (1, WANTED[:1])])
+def test_a_row_a_caption_from_the_hub(monkeypatch, limit, wanted):
+    """A limited stream is read until one image too many comes."""
+    table = rows_table().select([0, 4, 2, 1, 3])
+    given = {True: table.to_iterable_dataset(), False: table}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, streaming: given[streaming])
+    assert load_examples("somebody/photos", limit=limit).captions == wanted
+
+
+def test_equal_images_share_all_that_is_said_of_them(tmp_path):
+    """Equal bytes make an image, not names: those are often all alike in a table."""
+    stored = [{"bytes": png(picture(i)), "path": "image.png"} for i in (3, 4, 3)]
+    asked = [{"question": "who?", "answer": "a dog"}, {"question": "where?", "answer": "a park"}]
+    columns = {
+        "captions": [["a dog", "a dog"], [], ["the dog"]],
+        "questions": [asked[:1], [], asked],
+        "subject": [["dog"], None, ["puppy", "dog"]],
+        "scene": [None, ["sea"], ["park"]],
+    }
+    types = {"captions": List(TEXT), "questions": QUESTIONS}
+    types |= {"subject": List(TEXT), "scene": List(TEXT)}
+    read = load_examples(parquet(tmp_path, columns, types, stored))
+    assert read.captions == [["a dog", "the dog"], []] and len(read) == len(read.images) == 2
+    assert [[q["answer"] for q in each] for each in read.questions] == [["a dog", "a park"], []]
+    assert read.subjects == [["dog", "puppy"], []] and read.scenes == [["park"], ["sea"]]
+    assert read.image(1).tobytes() == picture(4).tobytes()
+
+
+def test_copies_of_a_file_are_one_image(tmp_path):
+    file = rows_in_csv(tmp_path)
+    shutil.copy(tmp_path / "images" / "0.png", tmp_path / "images" / "copy.png")
+    with file.open("a") as lines:
+        lines.write("\nimages/copy.png,a copy\n./images/1.png,again\n")
+    assert load_examples(file).captions == [[*WANTED[0], "a copy"], [*WANTED[1], "again"]]
+
+
+@pytest.mark.parametrize("name", ["photos [2024]", "a*b?", "{a,b}", "__all", "100 %20 #1", "~me"])
+def test_names_are_no_patterns(tmp_path, monkeypatch, name):
+    place = tmp_path / name
+    place.mkdir()
+    monkeypatch.chdir(tmp_path)  # "~me" as it is, not as a home
+    rows_in_metadata(place)
+    rows_table().to_parquet(str(place / "[1].parquet"))
+    assert load_examples(place / "[1].parquet").captions == WANTED
+    assert load_examples(f"{name}/[1].parquet").captions == WANTED
+    assert load_examples(f"{name}/photos").captions == WANTED
+    shutil.rmtree(place / "photos")
+    assert load_examples(name).captions == WANTED
+
+
+def test_photos_named_like_parts_are_not_left_out(tmp_path):
+    names = ["train-station.png", "test.png", "val 1.png"]
+    for i, name in enumerate(names):
+        picture(i).save(tmp_path / name)
+    lines = ["file_name,text", *(f"{name},{name[:3]}" for name in names)]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    assert load_examples(tmp_path).captions == [["tra"], ["tes"], ["val"]]
+
+
+def test_a_changed_archive_and_a_changed_table_are_read_anew(tmp_path):
+    for make in (rows_in_tar, rows_in_parquet):
+        file = make(tmp_path)
+        assert load_examples(file).captions == WANTED
+        state = file.stat()
+        changed = file.read_bytes().replace(b"the cat", b"the cow")
+        file.write_bytes(changed)
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns + 10**9))
+        assert load_examples(file).captions == [WANTED[0], ["a cat", "the cow"]]
+
+
+FORMS_OF_IMAGES = {
+    "struct": lambda i: {"bytes": png(picture(i)), "path": "0.png"},
+    "bytes": lambda i: png(picture(i)),
+    "paths": lambda i: f"images/{i}.png",
+    "struct of paths": lambda i: {"bytes": None, "path": f"images/{i}.png"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS_OF_IMAGES)
+def test_images_without_what_datasets_notes_of_them(tmp_path, form):
+    image_files(tmp_path)
+    column = [FORMS_OF_IMAGES[form](i) for i in range(2)]
+    table = pa.table({"picture": column, "text": ["a", "b"]})
+    pq.write_table(table, tmp_path / "data.parquet")
+    examples = load_examples(tmp_path / "data.parquet")
+    assert examples.captions == [["a"], ["b"]]
+    assert examples.image(1).tobytes() == picture(1).tobytes()
+    assert len(open_features(examples, tiny.encoder())) == 2
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_of_several_image_columns_image_is_taken_and_said(tmp_path, monkeypatch, limit):
+    masks = [{"bytes": png(picture(9)), "path": None}] * 5
+    kept = rows_table().add_column("mask", masks).cast_column("mask", ImageFeature())
+    kept = kept.select_columns(["mask", "image", "text"])
+    given = {True: kept.to_iterable_dataset(), False: kept}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split, streaming: given[streaming])
+    with pytest.warns(UserWarning, match="several columns of images; image is taken, not mask"):
+        examples = load_examples("somebody/photos", limit=limit)
+    assert len(examples) == 2 and examples.image(1).tobytes() == picture(1).tobytes()
+
+
+def test_lists_keep_every_field(tmp_path):
+    """Texts that look like numbers or like nothing, fields that only later rows have, any types."""
+    image_files(tmp_path)
+    (tmp_path / "list.csv").write_text("image,caption\nimages/0.png,12\nimages/1.png,NA\n")
+    assert load_examples(tmp_path / "list.csv").captions == [["12"], ["NA"]]
+    rows = [
+        {"image": "images/0.png", "questions": [{"question": "who?", "answer": "a dog"}]},
+        {"image": "images/1.png", "caption": "a", "id": 1},
+        {"image": "images\\1.png", "caption": ["b", "c"], "id": "two"},
+    ]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    examples = load_examples(tmp_path / "list.json")
+    assert examples.captions == [[], ["a", "b", "c"]] and len(examples.questions[0]) == 1
+
+
 def no_images(folder):
     file = str(folder / "data.parquet")
     Dataset.from_dict({"text": ["a"]}).to_parquet(file)
@@ -209,6 +442,13 @@ def no_parquet(folder):
     file = folder / "text.parquet"
     file.write_text("This is no parquet file.")
     return file
+
+
+def half_a_shard(folder):
+    source = rows_in_a_clone(folder)
+    shard = source / "data" / "train-00001-of-00002.parquet"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    return source
 
 
 def no_answer(folder):
@@ -233,12 +473,69 @@ def no_picture(folder):
     return parquet(folder, {"text": ["a", "b"]}, {"text": TEXT}, [{"bytes": png(picture(0))}, None])
 
 
+def write(name, text):
+    """Make a file of this text beside two images."""
+
+    def make(folder):
+        image_files(folder)
+        (folder / name).write_text(text)
+        return folder / name
+
+    return make
+
+
+def number_as_image(folder):
+    Dataset.from_dict({"image": [1], "text": ["a"]}).to_parquet(str(folder / "data.parquet"))
+    return folder / "data.parquet"
+
+
+def images_alone(folder):
+    image_files(folder)
+    return folder
+
+
+def several_kinds(folder):
+    rows_in_csv(folder)
+    rows_table().to_parquet(str(folder / "photos.parquet"))
+    return folder
+
+
+def several_folders(folder):
+    for name in ("en", "fr"):
+        (folder / name).mkdir()
+        rows_in_parquet(folder / name).rename(folder / name / "train-00000-of-00001.parquet")
+    return folder
+
+
+def one_of_no_part(folder):
+    shutil.copy(rows_in_parquet(folder), folder / "train.parquet")
+    return folder
+
+
 @pytest.mark.parametrize(
     "make, words",
     [
         (no_images, "no image column; its columns are text"),
+        (number_as_image, "no image column; its columns are image (int64), text (string)"),
+        (images_alone, "2 images without captions; write captions into metadata.jsonl"),
+        (lambda folder: folder, "no images with captions"),
+        (several_kinds, "several kinds, 1 .csv and 1 .parquet; name one of the files"),
+        (several_folders, "holds data in en and in fr; name one of them"),
+        (one_of_no_part, "photos.parquet belongs to no part of"),
+        (lambda folder: image_files(folder) or folder / "images" / "0.png", "is one image"),
+        (write("notes.txt", "A dog."), "is no data set; its name would end in .parquet"),
+        (write("data.parquet", "version https://git-lfs.github.com/spec/v1"), "`git lfs pull`"),
+        (write("a.csv", "image,caption\nimages/0.png,a dog, a cat"), "Line 2 of a.csv has more"),
+        (write("a.csv", "image,caption\nimages/0.png,\nimages/1.png, "), "all texts are empty"),
+        (write("a.csv", "image,caption\nimages/2.png,a"), "images/2.png, which is no file, in row"),
+        (write("a.jsonl", '{"image": "http://a.b/c.jpg", "text": "a"}'), "names http://a.b/c.jpg"),
+        (write("a.jsonl", '{"image": "images/0.png", "text": "a"}\n{'), "Line 2 of a.jsonl is no"),
+        (write("a.json", '["images/0.png"]'), "does not name what it holds"),
+        (write("a.json", "[]"), "is empty"),
+        (write("a.zip", "This is no archive."), "cannot be read as a data set"),
         (no_texts, "neither captions nor questions"),
-        (no_parquet, "cannot be read as a data set"),
+        (no_parquet, "text.parquet is no parquet file, or only a part of one"),
+        (half_a_shard, "train-00001-of-00002.parquet is no parquet file, or only a part of one"),
         (no_answer, "in row 0"),
         (number_as_answer, "in row 0"),
         (answers_that_are_no_texts, "in row 0"),

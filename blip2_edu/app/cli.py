@@ -43,7 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # an old Windows console cannot show every letter
             stream.reconfigure(errors="replace")
-    warnings.formatwarning = one_line
+    # Without the place in the code; assigned like this because ty takes functions for constants.
+    vars(warnings)["formatwarning"] = lambda warning, *_: f"{printable(str(warning))}\n"
     try:
         code = app(arguments, prog_name="python -m blip2_edu", standalone_mode=False)
     except typer.TyperException as error:
@@ -63,17 +64,6 @@ def main(arguments: list[str] | None = None) -> int:
     if code == 130:
         return fail("Stopped.", 130)
     return code or 0
-
-
-def one_line(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,
-) -> str:
-    """A warning as users read it, without the place in the code."""
-    return f"{printable(str(message))}\n"
 
 
 def out_of_memory(error: Exception) -> bool:

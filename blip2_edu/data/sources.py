@@ -182,6 +182,8 @@ def _table(files: list[Path], split: str, name: str) -> "tuple[Dataset, Path]":
     """The rows of files of one kind: tables, lists of texts with paths, or archives."""
     from datasets import concatenate_datasets, load_dataset
     from datasets.data_files import DataFilesList
+    from pyarrow import ArrowInvalid
+    from pyarrow.parquet import read_schema
 
     first = files[0]
     if _is(first, ARCHIVES):
@@ -198,6 +200,12 @@ def _table(files: list[Path], split: str, name: str) -> "tuple[Dataset, Path]":
     if not _is(first, TABLES) and head[:4] != b"PAR1":
         raise DataError(f"{name} is no data set; its name would end in {', '.join(TABLES)}.")
     reader = "arrow" if _is(first, (".arrow",)) else "parquet"
+    for file in files if reader == "parquet" else []:
+        try:
+            read_schema(file)
+        except ArrowInvalid:  # of which `datasets` would say more than a sentence
+            wrong = f"{file.name} is no parquet file, or only a part of one; get it again."
+            raise DataError(f"{name} cannot be read as a data set: {wrong}") from None
     # Not as names, which `datasets` takes for patterns; with the times it knows a file's new state.
     known = DataFilesList(list(map(str, files)), [(str(x.stat().st_mtime_ns),) for x in files])
     return load_dataset(reader, data_files={"train": known}, split="train"), first.parent

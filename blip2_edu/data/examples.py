@@ -148,7 +148,7 @@ def _image_column(table: "Dataset | IterableDataset", source: str | Path) -> str
             isinstance(kind, dict) and {"bytes", "path"} & {*kind}
         ):
             images.append(name)
-        elif isinstance(kind, Value) and kind.dtype in ("binary", "large_binary"):
+        elif isinstance(kind, Value) and kind.dtype in ("binary", "large_binary", "binary_view"):
             data.append(name)
         elif isinstance(kind, Value) and isinstance(table, Dataset) and "string" in kind.dtype:
             value = next((text for text in table[name] if text), None)

@@ -70,7 +70,7 @@ def caption_columns(columns: list[str]) -> list[str]:
 
 def names_image(column: str, value: object) -> bool:
     """Whether a value is the path of an image: by its column's name, or by its own ending."""
-    if not isinstance(value, str) or caption_columns([column]):
+    if not isinstance(value, str) or not value or caption_columns([column]):
         return False
     return column in PATHS or ("://" not in value and value.lower().endswith(IMAGES))
 
@@ -165,11 +165,12 @@ def _part(parts: Mapping[Any, T], split: str) -> T:
 
 def _beside(image: Path) -> dict:
     """A row of an image: what the .json beside it says, and the .txt as its caption."""
-    row, text = {}, image.with_suffix(".txt")
-    if image.with_suffix(".json").is_file():
-        row = json.loads(image.with_suffix(".json").read_text("utf-8-sig"))
-        if not isinstance(row, dict):
-            raise DataError(f"{image.with_suffix('.json').name} is not about one image.")
+    row, fields, text = {}, image.with_suffix(".json"), image.with_suffix(".txt")
+    if fields.is_file():
+        found = list(_objects(fields))
+        if len(found) != 1:
+            raise DataError(f"{fields.name} is not about one image, as its name says.")
+        row = found[0]
     if text.is_file():
         row["caption"] = text.read_text("utf-8-sig")
     return row | {"image": str(image)}
@@ -264,14 +265,16 @@ def _unpacked(archive: Path) -> Path:
         return place
     place.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=place.parent) as draft:  # nobody finds it half unpacked
+        whole = Path(draft, "whole")
+        whole.mkdir()
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
-                opened.extractall(Path(draft, "whole"))
+                opened.extractall(whole)
         else:
             with tarfile.open(archive) as opened:
-                opened.extractall(Path(draft, "whole"), filter="data")
+                opened.extractall(whole, filter="data")
         try:
-            Path(draft, "whole").rename(place)
+            whole.rename(place)
         except OSError:  # another process was faster
             if not place.is_dir():
                 raise

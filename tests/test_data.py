@@ -143,6 +143,14 @@ def test_the_parts_of_a_folder(divided):
     assert load_examples(divided / "val", "validation").captions == [[WANTED[1][0]]]
 
 
+def test_the_parts_in_an_archive(divided, tmp_path):
+    shutil.make_archive(str(tmp_path / "photos"), "zip", divided)
+    for split, i in (("train", 0), ("validation", 1)):
+        examples = load_examples(tmp_path / "photos.zip", split)
+        assert examples.captions == [[WANTED[i][0]]]
+        assert examples.image(0).tobytes() == picture(i).tobytes()
+
+
 def test_limit(tmp_path):
     file = parquet(tmp_path, {"text": ["a", "b", "c"]}, {"text": TEXT})
     assert load_examples(file, limit=2).captions == [["a"], ["b"]]
@@ -532,6 +540,9 @@ def one_of_no_part(folder):
         (write("a.jsonl", '{"image": "images/0.png", "text": "a"}\n{'), "Line 2 of a.jsonl is no"),
         (write("a.json", '["images/0.png"]'), "does not name what it holds"),
         (write("a.json", "[]"), "is empty"),
+        (write("a.csv", "file_name,text\nimages/0.png,a\n,b"), "has no image in row 1"),
+        (lambda folder: write("images/0.json", "{")(folder).parent, "Line 1 of 0.json is no JSON"),
+        (lambda folder: write("images/0.json", "[]")(folder).parent, "is not about one image"),
         (write("a.zip", "This is no archive."), "cannot be read as a data set"),
         (no_texts, "neither captions nor questions"),
         (no_parquet, "text.parquet is no parquet file, or only a part of one"),

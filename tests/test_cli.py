@@ -131,7 +131,7 @@ STAGE2 = ["train", "stage2", "--validation", "scenes:2:1", "--folder", "run"]
         ([*STAGE1, "--objectives", "itc,rot"], "no objective rot"),
         ([*STAGE1, "--epochs", "nan"], "--epochs"),
         ([*STAGE1, "--spread", "inf"], "inf is no number"),
-        ([*STAGE1, "--weight", "nan"], "nan is no number"),
+        ([*STAGE1, "--weight", "inf"], "inf is no number"),
         ([*STAGE1, "--seed", str(2**64)], "--seed"),
         (STAGE1[:-2], "--folder"),
         (STAGE2, "give --stage1 FOLDER, --without-stage1 or --start-from FOLDER"),

@@ -11,16 +11,18 @@ import io
 import math
 import re
 import warnings
+import zlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
 
 from blip2_edu import __version__
 from blip2_edu.errors import UserError
+from blip2_edu.signatures import CONVERT, HEAD, what_it_is
 
 if TYPE_CHECKING:
     import httpx
@@ -30,7 +32,13 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 
 MAX_PIXELS = 64_000_000  # decoded at most: 192 MB as RGB
 MAX_JPEG_PIXELS = 4 * MAX_PIXELS  # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size
-DRAFT_PIXELS = 4_000_000  # what a scaled-down JPEG keeps at least
+DRAFT_PIXELS = 2_000_000  # what a scaled-down image keeps at least; no image keeps 4 times as many
+
+# What decides a PNG's pixels: its other chunks are notes and the further frames of an animation.
+PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
+
+# The highest values of 8, 10, 12, 14 and 16 bits. Cameras and instruments put any of them in 16.
+DEEP_RANGES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)
 
 MAX_DOWNLOAD_BYTES = 32_000_000
 SOCKET_TIMEOUT = 10.0  # seconds without a byte
@@ -46,10 +54,10 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """Open `source` as a new upright 8-bit RGB image; `source` itself is not changed.
 
     `source` is a path, an http(s) URL, the bytes of an image file, or a PIL image. EXIF rotation
-    is applied, transparency is put on white, of an animation the first frame is taken, 16-bit and
-    float pixels are scaled to 8 bits. Images of more than `MAX_PIXELS` are refused, but baseline
-    JPEGs only above `MAX_JPEG_PIXELS`: JPEGs of 16 megapixels and more come back at 1/2, 1/4 or
-    1/8 of their size.
+    is applied, transparency is put on white, of an animation the first frame is taken that is not
+    all transparent, 16-bit and float pixels are scaled to 8 bits. Images of more than `MAX_PIXELS`
+    are refused, but baseline JPEGs only above `MAX_JPEG_PIXELS`. Images of 8 megapixels and more
+    come back scaled down, by a whole number, to between 2 and 8 megapixels.
 
     Raises `ImageError` for all that a user can get wrong.
     """
@@ -63,10 +71,12 @@ def open_image(source: str | Path | bytes | Image.Image) -> Image.Image:
             "give a path, an http(s) URL, bytes or a PIL image."
         )
     name = _shorten(str(source))
-    if isinstance(source, str) and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", source):
+    if isinstance(source, str) and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", source):
         return _decode(io.BytesIO(_download(source, name)), name)
     try:
-        path = Path(source).expanduser()
+        path = Path(source)
+        if not path.exists():  # else ~photo.jpg is the name of a file, and no user's home
+            path = path.expanduser()
         if path.is_dir():
             raise ImageError(f"{name} is a folder; give the path of one image in it.")
         if not path.exists():
@@ -124,15 +134,38 @@ async def _fetch(url: str, name: str) -> bytes:
 async def _read(response: httpx.Response, name: str) -> bytes:
     if not response.is_success:
         raise ConnectionError(f"HTTP Error {response.status_code}: {response.reason_phrase}")
-    # Gzip grows a chunk a thousandfold at most; others, or gzip within gzip, could fill the memory.
-    is_gzip = response.headers.get("Content-Encoding", "").lower() == "gzip"
     body = bytearray()
-    async for chunk in response.aiter_bytes() if is_gzip else response.aiter_raw():
+    async for chunk in response.aiter_raw():
         body += chunk
-        if len(body) > MAX_DOWNLOAD_BYTES:
-            limit = f"{MAX_DOWNLOAD_BYTES / 1e6:g} MB"
-            raise ImageError(f"{name} is larger than {limit}; choose a smaller image.")
+        _check_bytes(len(body), name)
+    encodings = response.headers.get("Content-Encoding", "").lower().split(",")
+    for encoding in map(str.strip, reversed(encodings)):
+        if encoding in ("gzip", "x-gzip"):
+            body = _gunzip(body, name)
+        elif encoding not in ("", "identity"):
+            raise ConnectionError(f"sent as {encoding}, which was not asked for")
+    while body[:2] == b"\x1f\x8b":  # packed without a word; no image begins so
+        body = _gunzip(body, name)
     return bytes(body)
+
+
+def _gunzip(packed: bytes | bytearray, name: str) -> bytearray:
+    # Not httpx's: that of gzip within gzip would fill the memory before a length can be checked.
+    body = bytearray()
+    while packed:  # a gzip file may have several parts
+        part = zlib.decompressobj(16 + zlib.MAX_WBITS)
+        body += part.decompress(packed, 1 + MAX_DOWNLOAD_BYTES - len(body))
+        _check_bytes(len(body), name)
+        if not part.eof:
+            raise ConnectionError("what was packed is cut off")
+        packed = part.unused_data
+    return body
+
+
+def _check_bytes(number: int, name: str) -> None:
+    if number > MAX_DOWNLOAD_BYTES:
+        limit = f"{MAX_DOWNLOAD_BYTES / 1e6:g} MB"
+        raise ImageError(f"{name} is larger than {limit}; choose a smaller image.")
 
 
 def open_each(sources: Iterable[str | Path | bytes]) -> tuple[dict, dict]:
@@ -148,31 +181,50 @@ def open_each(sources: Iterable[str | Path | bytes]) -> tuple[dict, dict]:
 
 
 def _decode(file: BinaryIO, name: str) -> Image.Image:
-    head = file.read(3)
+    head = file.read(HEAD)
     file.seek(0)
     if not head:
         raise ImageError(f"{name} is empty; copy or download it again.")
     try:
-        if head == b"\xff\xd8\xff":
+        if head.startswith(b"\xff\xd8\xff"):
             image = _open_jpeg(file, name)
+        elif head.startswith(b"\x89PNG\r\n\x1a\n"):
+            image = _open_png(file, name)
         else:
             with warnings.catch_warnings():  # PIL only warns of what is refused here in any case
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 image = Image.open(file, formats=FORMATS)
+        _check_size(image, name)
+        _seek_visible(image)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
-        raise ImageError(
-            f"{name} is not an image of a known kind; convert it to JPEG or PNG first."
-        ) from None
+        raise ImageError(_unknown(head, name)) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(_too_large(name)) from None
-    except Exception:  # decoders raise nearly anything on a damaged file
-        raise ImageError(_damaged(name)) from None
+    except Exception as error:  # decoders raise nearly anything on a damaged file
+        raise ImageError(_damaged(name, error)) from None
     return _to_upright_rgb(image, name)
 
 
 def _open_jpeg(file: BinaryIO, name: str) -> Image.Image:
+    image = _jpeg(file, name)
+    try:
+        image.load()
+    except OSError:  # cut off: in the middle, or has it only lost the mark at its end?
+        file.seek(0)
+        data = file.read().rstrip(b"\xff")
+        # Pixels that were missing would be read from whatever follows.
+        one, other = (
+            _jpeg(io.BytesIO(data + more + b"\xff\xd9"), name) for more in (b"", b"\x55" * 8)
+        )
+        if one.tobytes() != other.tobytes():
+            raise
+        return one
+    return image
+
+
+def _jpeg(file: BinaryIO, name: str) -> Image.Image:
     # Image.open would refuse by the full size, but libjpeg can compute each block of 8 x 8 pixels
     # as 4 x 4, 2 x 2 or 1 x 1 and then never holds the full picture.
     image = JpegImagePlugin.JpegImageFile(file)
@@ -186,15 +238,55 @@ def _open_jpeg(file: BinaryIO, name: str) -> Image.Image:
     return image
 
 
+def _open_png(file: BinaryIO, name: str) -> Image.Image:
+    try:
+        image = PngImagePlugin.PngImageFile(file)
+        _check_size(image, name)
+        image.load()
+    except ImageError:
+        raise
+    except Exception:  # of a note, perhaps, and notes do not stop a picture
+        file.seek(0)
+        image = PngImagePlugin.PngImageFile(_png_without_notes(file))
+    return image
+
+
+def _png_without_notes(file: BinaryIO) -> BinaryIO:
+    kept = io.BytesIO()
+    kept.write(file.read(8))
+    while len(head := file.read(8)) == 8:
+        length, kind = int.from_bytes(head[:4], "big"), head[4:]
+        if kind not in PNG_PIXELS:
+            file.seek(length + 4, io.SEEK_CUR)
+            continue
+        data, checksum = file.read(length), file.read(4)
+        # Small letters: the picture can be shown without it, if less well.
+        if kind.isupper() or zlib.crc32(kind + data).to_bytes(4, "big") == checksum:
+            kept.write(head + data + checksum)
+    kept.seek(0)
+    return kept
+
+
+def _seek_visible(image: Image.Image) -> None:
+    """Go to the first frame of an animation that is not all transparent, if there is one."""
+    if not getattr(image, "is_animated", False):
+        return
+    left = MAX_PIXELS  # in all frames that are looked at
+    while image.has_transparency_data and (left := left - image.width * image.height) >= 0:
+        if image.convert("RGBA").getchannel("A").getbbox():
+            break
+        try:
+            image.seek(image.tell() + 1)
+        except EOFError:
+            break
+
+
 def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError(_too_large(name))
-    if not image.width * image.height:
-        raise ImageError(f"{name} has no pixels; save it again.")
+    _check_size(image, name)
     try:
         rgb = _to_rgb(image)
-    except Exception:  # pixels are decoded only now
-        raise ImageError(_damaged(name)) from None
+    except Exception as error:  # pixels are decoded only now
+        raise ImageError(_damaged(name, error)) from None
     rgb.info.clear()  # else the tag stays in the result and the next one to open it turns it again
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -206,28 +298,62 @@ def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode -> a new RGB image."""
+    """Any PIL mode -> a new RGB image, scaled down before it is copied any further."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _to_8_bits(image).convert("RGB")
+        return _scaled_down(_to_8_bits(image)).convert("RGB")
     if image.has_transparency_data:  # an alpha channel, or one transparent palette entry or colour
-        rgba = image.convert("RGBA")
+        rgba = _scaled_down(image if image.mode == "RGBA" else image.convert("RGBA"))
+        if image.format in ("BMP", "DIB") and not rgba.getchannel("A").getbbox():
+            return rgba.convert("RGB")  # what wrote it left the fourth byte empty
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+    if image.mode not in ("L", "RGB", "CMYK", "YCbCr"):  # averages of others mean nothing
+        image = image.convert("RGB")
+    return _scaled_down(image).convert("RGB")
+
+
+def _scaled_down(image: Image.Image) -> Image.Image:
+    factor = math.isqrt(image.width * image.height // DRAFT_PIXELS)
+    return image.reduce(factor) if factor > 1 else image
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits, 32 bits or floats, scaled; `image.convert("L")` would clip it to white."""
-    pixels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-    low, high = 0.0, 65535.0
-    if not image.mode.startswith("I;16"):
-        # No header tells the range: the smallest usual one that holds all values, else their own.
-        smallest, largest = float(pixels.min()), float(pixels.max())
-        usual = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
-        fitting = [top for top in usual if smallest >= 0 and largest <= top]
-        low, high = (0.0, fitting[0]) if fitting else (smallest, largest)
-    scaled = (pixels - low) * (255 / max(high - low, 1e-6))
-    return Image.fromarray(np.rint(scaled).astype(np.uint8))
+    pixels = np.array(image)
+    if image.mode == "F":
+        np.nan_to_num(pixels, copy=False, posinf=0, neginf=0)
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    low, high = _range(pixels, *tags.get(TiffImagePlugin.BITSPERSAMPLE, ()))
+    scale = 255 / max(high - low, 1e-6)
+    grey = np.empty(pixels.shape, np.uint8)
+    for line, row in zip(grey, pixels, strict=True):  # of the whole, floats would take much memory
+        line[:] = np.rint((row.astype(np.float32) - low) * scale)
+    white_is_zero = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+    return Image.fromarray(255 - grey if white_is_zero else grey)
+
+
+def _range(pixels: np.ndarray, bits: int = 16) -> tuple[float, float]:
+    """What is black and what is white, as no header tells it: the smallest usual range that holds
+    all values, else their own.
+    """
+    if pixels.dtype == np.uint16 and bits < 16:
+        return 0.0, 2.0**bits - 1
+    smallest, largest = float(pixels.min()), float(pixels.max())
+    if smallest < 0 or largest > DEEP_RANGES[-1]:
+        return smallest, largest
+    if pixels.dtype == np.float32:
+        if largest < DEEP_RANGES[0] / 16:  # 0 to 1, which may be exceeded a little
+            return 0.0, max(largest, 1.0)
+    elif not any((row % 257).any() for row in pixels):  # 8 bits that were spread over 16
+        return 0.0, DEEP_RANGES[-1]
+    return 0.0, next(top for top in DEEP_RANGES if largest <= top)
+
+
+def _check_size(image: Image.Image, name: str) -> None:
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError(_too_large(name))
+    if not image.width * image.height:
+        raise ImageError(f"{name} has no pixels; save it again.")
 
 
 def _too_large(name: str) -> str:
@@ -235,8 +361,17 @@ def _too_large(name: str) -> str:
     return f"{name} has too many pixels; scale it down to at most {limit} first."
 
 
-def _damaged(name: str) -> str:
+def _damaged(name: str, error: Exception | None = None) -> str:
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return f"{name} needs more memory than is free; close other programs or scale it down."
     return f"{name} is damaged or cut off; get it again or save it anew as JPEG or PNG."
+
+
+def _unknown(head: bytes, name: str) -> str:
+    if re.match(rb"\xff\xd8|\x89PNG|GIF8|RIFF.{4}WEBP|.{4}ftypavi[fs]", head, re.DOTALL):
+        return _damaged(name)
+    what, advice = what_it_is(head) or ("not an image of a known kind", CONVERT)
+    return f"{name} is {what}; {advice}."
 
 
 def _shorten(name: str) -> str:

@@ -34,8 +34,9 @@ MAX_PIXELS = 64_000_000  # decoded at most: 192 MB as RGB
 MAX_JPEG_PIXELS = 4 * MAX_PIXELS  # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size
 DRAFT_PIXELS = 2_000_000  # what a scaled-down image keeps at least; no image keeps 4 times as many
 
-# What decides a PNG's pixels: its other chunks are notes and the further frames of an animation.
-PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND")
+# What decides the pixels of a PNG, and what comes on top; its other chunks are notes.
+PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
+PNG_MORE = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")  # transparency, rotation, animation
 
 # The highest values of 8, 10, 12, 14 and 16 bits. Cameras and instruments put any of them in 16.
 DEEP_RANGES = (255.0, 1023.0, 4095.0, 16383.0, 65535.0)
@@ -208,20 +209,29 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
 
 
 def _open_jpeg(file: BinaryIO, name: str) -> Image.Image:
-    image = _jpeg(file, name)
+    try:
+        image = _jpeg(file, name)
+    except ImageError:
+        raise
+    except Exception:  # of a note, perhaps, and notes do not stop a picture
+        file.seek(0)
+        file = _jpeg_without_notes(file)
+        image = _jpeg(file, name)
     try:
         image.load()
     except OSError:  # cut off: in the middle, or has it only lost the mark at its end?
         file.seek(0)
         data = file.read().rstrip(b"\xff")
         # Pixels that were missing would be read from whatever follows.
-        one, other = (
-            _jpeg(io.BytesIO(data + more + b"\xff\xd9"), name) for more in (b"", b"\x55" * 8)
-        )
+        one, other = (_jpeg(io.BytesIO(data + more + b"\xff\xd9"), name) for more in (b"", _NOISE))
         if one.tobytes() != other.tobytes():
             raise
         return one
     return image
+
+
+# JPEG data that could go on anywhere: also after any of the marks at which decoders start anew.
+_NOISE = b"".join(b"\x55" * 8 + bytes([0xFF, 0xD0 + n]) for n in range(8)) + b"\x55" * 8
 
 
 def _jpeg(file: BinaryIO, name: str) -> Image.Image:
@@ -238,30 +248,46 @@ def _jpeg(file: BinaryIO, name: str) -> Image.Image:
     return image
 
 
+def _jpeg_without_notes(file: BinaryIO) -> BinaryIO:
+    """What follows the notes, and of these the rotation and what Adobe says of the colours."""
+    kept = file.read(2)
+    while (mark := file.read(2)) and (b"\xff\xe0" <= mark <= b"\xff\xef" or mark == b"\xff\xfe"):
+        size = file.read(2)
+        note = file.read(int.from_bytes(size, "big") - 2)
+        if note.startswith(b"Exif\0\0") or (note.startswith(b"Adobe") and len(note) >= 12):
+            kept += mark + size + note
+    return io.BytesIO(kept + mark + file.read())
+
+
 def _open_png(file: BinaryIO, name: str) -> Image.Image:
-    try:
-        image = PngImagePlugin.PngImageFile(file)
-        _check_size(image, name)
-        image.load()
-    except ImageError:
-        raise
-    except Exception:  # of a note, perhaps, and notes do not stop a picture
-        file.seek(0)
-        image = PngImagePlugin.PngImageFile(_png_without_notes(file))
+    for kinds in (PNG_PIXELS + PNG_MORE, PNG_PIXELS):
+        try:
+            return _png(file, name)
+        except ImageError:
+            raise
+        except Exception:  # of a note, perhaps, and notes do not stop a picture
+            file.seek(0)
+            file = _png_with_only(kinds, file)
+    return _png(file, name)
+
+
+def _png(file: BinaryIO, name: str) -> Image.Image:
+    image = PngImagePlugin.PngImageFile(file)
+    _check_size(image, name)
+    image.load()
     return image
 
 
-def _png_without_notes(file: BinaryIO) -> BinaryIO:
+def _png_with_only(kinds: tuple[bytes, ...], file: BinaryIO) -> BinaryIO:
     kept = io.BytesIO()
     kept.write(file.read(8))
     while len(head := file.read(8)) == 8:
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        if kind not in PNG_PIXELS:
+        if kind not in kinds:
             file.seek(length + 4, io.SEEK_CUR)
             continue
         data, checksum = file.read(length), file.read(4)
-        # Small letters: the picture can be shown without it, if less well.
-        if kind.isupper() or zlib.crc32(kind + data).to_bytes(4, "big") == checksum:
+        if kind in PNG_PIXELS or zlib.crc32(kind + data).to_bytes(4, "big") == checksum:
             kept.write(head + data + checksum)
     kept.seek(0)
     return kept

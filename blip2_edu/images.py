@@ -10,6 +10,7 @@ import asyncio
 import io
 import math
 import re
+import sys
 import warnings
 import zlib
 from collections.abc import Iterable
@@ -18,7 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin, TiffImagePlugin
+from PIL import (
+    ExifTags,
+    Image,
+    ImageFile,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+)
 
 from blip2_edu import __version__
 from blip2_edu.errors import UserError
@@ -196,6 +205,8 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 image = Image.open(file, formats=FORMATS)
         _check_size(image, name)
+        if image.mode == "RGB" and any(";16" in str(tile.args) for tile in image.tile):
+            _add_lower_bytes(image, file)
         _seek_visible(image)
     except ImageError:
         raise
@@ -208,7 +219,7 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
     return _to_upright_rgb(image, name)
 
 
-def _open_jpeg(file: BinaryIO, name: str) -> Image.Image:
+def _open_jpeg(file: BinaryIO, name: str) -> ImageFile.ImageFile:
     try:
         image = _jpeg(file, name)
     except ImageError:
@@ -234,7 +245,7 @@ def _open_jpeg(file: BinaryIO, name: str) -> Image.Image:
 _NOISE = b"".join(b"\x55" * 8 + bytes([0xFF, 0xD0 + n]) for n in range(8)) + b"\x55" * 8
 
 
-def _jpeg(file: BinaryIO, name: str) -> Image.Image:
+def _jpeg(file: BinaryIO, name: str) -> ImageFile.ImageFile:
     # Image.open would refuse by the full size, but libjpeg can compute each block of 8 x 8 pixels
     # as 4 x 4, 2 x 2 or 1 x 1 and then never holds the full picture.
     image = JpegImagePlugin.JpegImageFile(file)
@@ -259,7 +270,7 @@ def _jpeg_without_notes(file: BinaryIO) -> BinaryIO:
     return io.BytesIO(kept + mark + file.read())
 
 
-def _open_png(file: BinaryIO, name: str) -> Image.Image:
+def _open_png(file: BinaryIO, name: str) -> ImageFile.ImageFile:
     for kinds in (PNG_PIXELS + PNG_MORE, PNG_PIXELS):
         try:
             return _png(file, name)
@@ -271,7 +282,7 @@ def _open_png(file: BinaryIO, name: str) -> Image.Image:
     return _png(file, name)
 
 
-def _png(file: BinaryIO, name: str) -> Image.Image:
+def _png(file: BinaryIO, name: str) -> ImageFile.ImageFile:
     image = PngImagePlugin.PngImageFile(file)
     _check_size(image, name)
     image.load()
@@ -291,6 +302,26 @@ def _png_with_only(kinds: tuple[bytes, ...], file: BinaryIO) -> BinaryIO:
             kept.write(head + data + checksum)
     kept.seek(0)
     return kept
+
+
+def _add_lower_bytes(image: ImageFile.ImageFile, file: BinaryIO) -> None:
+    """Of 16 bits a colour in a TIFF, PIL keeps the upper 8; of 12 bits that are there, hardly any.
+
+    The same file read in the other order of bytes gives the lower 8.
+    """
+    image.load()
+    if np.asarray(image).max() >= DEEP_RANGES[-2] / 256:
+        return
+    file.seek(0)
+    lower = Image.open(file)
+    other_order = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
+    for place, tile in enumerate(lower.tile):
+        rawmode, *rest = tuple(tile.args or ())
+        rawmode = rawmode[:-1] + other_order[rawmode[-1]]
+        lower.tile[place] = tile._replace(args=(rawmode, *rest))
+    pixels = np.asarray(image, np.uint16) << 8 | np.asarray(lower)
+    shades = np.rint(np.arange(pixels.max() + 1) * (255 / _range(pixels)[1])).astype(np.uint8)
+    image.paste(Image.fromarray(shades[pixels]))
 
 
 def _seek_visible(image: Image.Image) -> None:

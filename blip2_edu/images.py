@@ -7,6 +7,7 @@ encoder can use or an `ImageError` with one sentence that says what is wrong and
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import math
 import re
@@ -42,6 +43,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM
 MAX_PIXELS = 64_000_000  # decoded at most: 192 MB as RGB
 MAX_JPEG_PIXELS = 4 * MAX_PIXELS  # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size
 DRAFT_PIXELS = 2_000_000  # what a scaled-down image keeps at least; no image keeps 4 times as many
+
+# JPEG data that would go on anywhere, also after any of the marks at which decoders start anew.
+JPEG_NOISE = b"".join(b"\x55" * 8 + bytes([0xFF, 0xD0 + n]) for n in range(8)) + b"\x55" * 8
 
 # What decides the pixels of a PNG, and what comes on top; its other chunks are notes.
 PNG_PIXELS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")
@@ -144,32 +148,28 @@ async def _fetch(url: str, name: str) -> bytes:
 async def _read(response: httpx.Response, name: str) -> bytes:
     if not response.is_success:
         raise ConnectionError(f"HTTP Error {response.status_code}: {response.reason_phrase}")
-    body = bytearray()
+    received = bytearray()
     async for chunk in response.aiter_raw():
-        body += chunk
-        _check_bytes(len(body), name)
+        received += chunk
+        _check_bytes(len(received), name)
+    body = bytes(received)
     encodings = response.headers.get("Content-Encoding", "").lower().split(",")
     for encoding in map(str.strip, reversed(encodings)):
         if encoding in ("gzip", "x-gzip"):
-            body = _gunzip(body, name)
+            body = _unpacked(body, name)
         elif encoding not in ("", "identity"):
             raise ConnectionError(f"sent as {encoding}, which was not asked for")
-    while body[:2] == b"\x1f\x8b":  # packed without a word; no image begins so
-        body = _gunzip(body, name)
-    return bytes(body)
-
-
-def _gunzip(packed: bytes | bytearray, name: str) -> bytearray:
-    # Not httpx's: that of gzip within gzip would fill the memory before a length can be checked.
-    body = bytearray()
-    while packed:  # a gzip file may have several parts
-        part = zlib.decompressobj(16 + zlib.MAX_WBITS)
-        body += part.decompress(packed, 1 + MAX_DOWNLOAD_BYTES - len(body))
-        _check_bytes(len(body), name)
-        if not part.eof:
-            raise ConnectionError("what was packed is cut off")
-        packed = part.unused_data
+    if body[:2] == b"\x1f\x8b":  # packed without a word; no image begins so
+        body = _unpacked(body, name)
     return body
+
+
+def _unpacked(body: bytes, name: str) -> bytes:
+    # Not by httpx: gzip within gzip would fill the memory before it says how much there is.
+    with gzip.open(io.BytesIO(body)) as file:
+        unpacked = file.read(MAX_DOWNLOAD_BYTES + 1)
+    _check_bytes(len(unpacked), name)
+    return unpacked
 
 
 def _check_bytes(number: int, name: str) -> None:
@@ -205,7 +205,7 @@ def _decode(file: BinaryIO, name: str) -> Image.Image:
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 image = Image.open(file, formats=FORMATS)
         _check_size(image, name)
-        if image.mode == "RGB" and any(";16" in str(tile.args) for tile in image.tile):
+        if image.format == "TIFF" and image.mode == "RGB" and ";16" in str(image.tile):
             _add_lower_bytes(image, file)
         _seek_visible(image)
     except ImageError:
@@ -234,15 +234,13 @@ def _open_jpeg(file: BinaryIO, name: str) -> ImageFile.ImageFile:
         file.seek(0)
         data = file.read().rstrip(b"\xff")
         # Pixels that were missing would be read from whatever follows.
-        one, other = (_jpeg(io.BytesIO(data + more + b"\xff\xd9"), name) for more in (b"", _NOISE))
+        one, other = (
+            _jpeg(io.BytesIO(data + more + b"\xff\xd9"), name) for more in (b"", JPEG_NOISE)
+        )
         if one.tobytes() != other.tobytes():
             raise
         return one
     return image
-
-
-# JPEG data that could go on anywhere: also after any of the marks at which decoders start anew.
-_NOISE = b"".join(b"\x55" * 8 + bytes([0xFF, 0xD0 + n]) for n in range(8)) + b"\x55" * 8
 
 
 def _jpeg(file: BinaryIO, name: str) -> ImageFile.ImageFile:
@@ -342,16 +340,20 @@ def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
     _check_size(image, name)
     try:
         rgb = _to_rgb(image)
+        rgb.info.clear()  # else the tag stays in the result, and the next to open it turns it again
+        rgb.getexif()[ExifTags.Base.Orientation] = _orientation(image)
+        ImageOps.exif_transpose(rgb, in_place=True)
     except Exception as error:  # pixels are decoded only now
         raise ImageError(_damaged(name, error)) from None
-    rgb.info.clear()  # else the tag stays in the result and the next one to open it turns it again
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        rgb.getexif()[ExifTags.Base.Orientation] = orientation
-        ImageOps.exif_transpose(rgb, in_place=True)
-    except Exception:  # a damaged EXIF block does not spoil the pixels
-        pass
     return rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        stored = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # a damaged EXIF block does not spoil the pixels
+        return 1
+    return stored if isinstance(stored, int) and stored in range(2, 9) else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -258,13 +258,15 @@ def _jpeg(file: BinaryIO, name: str) -> ImageFile.ImageFile:
 
 
 def _jpeg_without_notes(file: BinaryIO) -> BinaryIO:
-    """What follows the notes, and of these the rotation and what Adobe says of the colours."""
+    """Of the notes there stay the rotation and what Adobe says of the colours."""
     kept = file.read(2)
-    while (mark := file.read(2)) and (b"\xff\xe0" <= mark <= b"\xff\xef" or mark == b"\xff\xfe"):
+    while (mark := file.read(2)) > b"\xff\x00" and mark != b"\xff\xda":  # where the pixels begin
         size = file.read(2)
-        note = file.read(int.from_bytes(size, "big") - 2)
-        if note.startswith(b"Exif\0\0") or (note.startswith(b"Adobe") and len(note) >= 12):
-            kept += mark + size + note
+        data = file.read(int.from_bytes(size, "big") - 2)
+        is_note = b"\xff\xe0" <= mark <= b"\xff\xef" or mark == b"\xff\xfe"
+        is_adobe = data.startswith(b"Adobe") and len(data) >= 12
+        if not is_note or is_adobe or data.startswith(b"Exif\0\0"):
+            kept += mark + size + data
     return io.BytesIO(kept + mark + file.read())
 
 

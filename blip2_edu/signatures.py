@@ -57,7 +57,11 @@ SIGNATURES = [
     ),
     (rb"\x93NUMPY|\x89HDF|PAR1", "an array or a table, not an image", OTHER),
     (rb"SQLite format 3\0", "a database, not an image", OTHER),
-    (rb"\0\x05\x16[\0\x07]", "what macOS notes about a file, not an image", "give the file itself"),
+    (
+        rb"\0\x05\x16[\0\x07]|\0{3}\x01Bud1",
+        "what macOS notes about a file, not an image",
+        "give the file itself",
+    ),
     (
         rb"MZ[^ \w]|\x7fELF|[\xcf\xce]\xfa\xed\xfe|\xca\xfe\xba\xbe",
         "a program, not an image",

@@ -334,9 +334,10 @@ def test_notes_do_not_stop_a_jpeg():
         (0xEE, b"Adobe"),
     ]:
         segment = bytes([0xFF, mark]) + (2 + len(note)).to_bytes(2, "big") + note
-        opened = open_image(good[:2] + segment + good[2:])
-        assert opened.size == (48, 64)
-        assert_close(opened, open_image(good), 0)
+        for place in (2, good.index(b"\xff\xc0")):  # at the beginning, before the size
+            opened = open_image(good[:place] + segment + good[place:])
+            assert opened.size == (48, 64)
+            assert_close(opened, open_image(good), 0)
 
 
 @pytest.mark.parametrize(

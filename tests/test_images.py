@@ -388,6 +388,24 @@ def test_a_batch_of_scanned_pages_in_bounded_memory(tmp_path):
     assert int(megabytes) < 500  # at full size the sixteen were 2.2 GB
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory as Linux does")
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF", "BMP"])
+def test_a_page_too_large_for_the_memory(tmp_path, kind):
+    Image.new("RGB", (4960, 7016)).save(tmp_path / "page", kind)
+    code = (
+        "import re, resource, sys; from blip2_edu.images import ImageError, open_image;"
+        "taken = re.search(r'VmSize:\\s+(\\d+) kB', open('/proc/self/status').read())[1];"
+        "limit = int(taken) * 1024 + 50_000_000;"
+        "open_image(sys.argv[2]);"  # what decoders load when they are first used
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit));"
+        "\ntry: print(open_image(sys.argv[1]))\nexcept ImageError as error: print(error)"
+    )
+    quarters().save(tmp_path / "small", kind)
+    arguments = [sys.executable, "-c", code, tmp_path / "page", tmp_path / "small"]
+    output = subprocess.run(arguments, capture_output=True, text=True)
+    assert "needs more memory than is free" in output.stdout, output.stderr
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_too_little_memory_is_no_damage(kind, monkeypatch):
     exif = Image.Exif()

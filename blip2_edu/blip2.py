@@ -148,7 +148,7 @@ class Blip2(nn.Module):
     @torch.no_grad()
     def encode_images(self, images: ImageSource | Sequence[ImageSource]) -> Tensor:
         """Open images and run the frozen encoder: features (B, N, W). Raises ImageError."""
-        pixels = self.image_encoder.preprocess([open_image(image) for image in as_list(images)])
+        pixels = self.image_encoder.preprocess(open_image(image) for image in as_list(images))
         dtype = next((p.dtype for p in self.bridge.parameters()), torch.float32)
         return self.image_encoder(pixels.to(self.device)).to(dtype)
 

@@ -10,7 +10,7 @@ width of a feature.
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,8 +83,11 @@ class ImageEncoder(nn.Module):
                 f"{self.width}: name the encoder it had."
             )
 
-    def preprocess(self, images: list[Image.Image]) -> Tensor:
-        """RGB images of any size -> pixels (B, 3, S, S), squashed to a square, never cropped."""
+    def preprocess(self, images: Iterable[Image.Image]) -> Tensor:
+        """RGB images of any size -> pixels (B, 3, S, S), squashed to a square, never cropped.
+
+        Images that are made one by one are squashed one by one.
+        """
         size = (self.image_size, self.image_size)
         squares = [
             image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)

@@ -1,6 +1,7 @@
 """The whole model: round trips, what learns and what does not, and the published form."""
 
 import json
+import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -393,6 +394,19 @@ def test_an_image_is_read_once_for_all_its_questions_and_texts(model, monkeypatc
     for hook in hooks:
         hook.remove()
     assert (passes, projected) == ([1], [1])
+
+
+def test_a_batch_of_photos_is_opened_one_by_one(model, monkeypatch):
+    opened, really_open = [], blip2.open_image
+
+    def open_image(source):
+        assert sum(image() is not None for image in opened) <= 1
+        image = really_open(source)
+        opened.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(blip2, "open_image", open_image)
+    assert len(model.encode_images(photos(4))) == len(opened) == 4
 
 
 def test_a_checkpoint_of_before_bridges_could_be_swapped(model, tmp_path):

@@ -3,11 +3,13 @@
 import csv
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from blip2_edu.app import folders
 from blip2_edu.app.folders import HEADER, TableError, caption_folder
 
 PHOTOS = Path(__file__).parents[1] / "images"
@@ -67,6 +69,23 @@ def test_every_file_has_a_row_and_a_bad_one_says_why(folder, tmp_path):
     assert max(model.batches) > 1
     again = caption_folder(folder, table, lambda: pytest.fail("loaded for nothing"))
     assert again == (0, 0) and complete(table)
+
+
+def test_a_batch_is_let_go_before_the_next_is_opened(folder, tmp_path, monkeypatch):
+    seen, really_open = [], folders.open_each
+
+    class Model:
+        def caption(self, images, num_beams):
+            seen.extend(map(weakref.ref, images))
+            return ["a photo"] * len(images)
+
+    def open_each(paths):
+        assert not any(image() for image in seen)
+        return really_open(paths)
+
+    monkeypatch.setattr(folders, "open_each", open_each)
+    assert caption_folder(folder, tmp_path / "out.csv", Model, batch_size=2) == (7, 2)
+    assert len(seen) == 7
 
 
 def test_it_goes_on_where_it_was_stopped(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -83,6 +84,22 @@ def test_efficientnet_pixels(efficientnet):
     wide = efficientnet.preprocess([halves])[0]
     assert wide.shape == (3, size, size)
     assert (wide[:, :, :100] < 0).all() and (wide[:, :, -100:] > 0).all()
+
+
+def test_images_are_squashed_one_by_one(efficientnet):
+    """A batch of large ones never stands in memory at once."""
+    alive = []
+
+    def opened():
+        for image in noise(1, (900, 700)) + noise(1, (500, 700)) + noise(1, (700, 900)):
+            image = image.copy()
+            assert sum(one() is not None for one in alive) <= 1
+            alive.append(weakref.ref(image))
+            yield image
+
+    pixels = efficientnet.preprocess(opened())
+    together = noise(1, (900, 700)) + noise(1, (500, 700)) + noise(1, (700, 900))
+    assert torch.equal(pixels, efficientnet.preprocess(together))
 
 
 @pytest.mark.parametrize("name", ["efficientnet", "clip"])

@@ -52,6 +52,7 @@ def caption_folder(
             if model and images:
                 texts = model.caption(list(images.values()), num_beams=num_beams)
                 captions = dict(zip(images, texts, strict=True))
+            images.clear()  # before those of the next batch are opened
             for place, path in enumerate(paths):
                 name = path.relative_to(folder).as_posix()
                 said = (" ".join(x.get(place, "").split()) for x in (captions, problems))

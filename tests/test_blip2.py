@@ -409,17 +409,6 @@ def test_a_batch_of_photos_is_opened_one_by_one(model, monkeypatch):
     assert len(model.encode_images(photos(4))) == len(opened) == 4
 
 
-def test_a_checkpoint_of_before_bridges_could_be_swapped(model, tmp_path):
-    """It names the settings of its Q-Former side by side with everything else."""
-    model.save_pretrained(tmp_path, torch.float32)
-    values = json.loads((tmp_path / "config.json").read_text())
-    bridge = values.pop("bridge")
-    assert bridge.pop("kind") == "qformer"
-    (tmp_path / "config.json").write_text(json.dumps(bridge | values))
-    again = Blip2.from_pretrained(tmp_path)
-    assert again.caption(photos(2), **SHORT) == model.caption(photos(2), **SHORT)
-
-
 def test_answering_leaves_the_mode_as_it_is(model):
     model.train()
     model.caption(photos(1), **SHORT)

@@ -1,4 +1,4 @@
-"""The course's photographs: small, readable, each with its credits and five captions."""
+"""The course's photographs: small, readable, with credits, captions and the words that name them."""
 
 import json
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from blip2_edu.images import open_image
+from blip2_edu.metrics import names
 
 FOLDER = Path(__file__).parents[1] / "images"
 PHOTOS = sorted(path.name for path in FOLDER.glob("*.jpg"))
@@ -41,8 +42,17 @@ def test_photo(name):
 
 @pytest.mark.parametrize("name", PHOTOS)
 def test_captions(name):
-    captions = CAPTIONS[name]
+    captions = CAPTIONS[name]["captions"]
     assert len(set(captions)) == len(captions) == 5
     for caption in captions:
         assert re.fullmatch(r"[A-Z][A-Za-z ,-]*[a-z]\.", caption), caption
         assert 4 <= len(caption.split()) <= 16, caption
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_subject(name):
+    """Lower-case words, and most of what people wrote names one of them."""
+    words = CAPTIONS[name]["subject"]
+    assert len(set(words)) == len(words) >= 1
+    assert all(re.fullmatch(r"[a-z]+", word) for word in words)
+    assert sum(names(caption, words) for caption in CAPTIONS[name]["captions"]) >= 3

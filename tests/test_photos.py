@@ -1,4 +1,4 @@
-"""The course's photographs: small, readable, with credits, captions and the words that name them."""
+"""The course's photographs: small, readable, each with credits, captions and words that name it."""
 
 import json
 import re

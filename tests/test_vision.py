@@ -102,10 +102,13 @@ def test_images_are_squashed_one_by_one(efficientnet):
     assert torch.equal(pixels, efficientnet.preprocess(together))
 
 
-@pytest.mark.parametrize("name", ["efficientnet", "clip"])
-def test_frozen(name, request):
+@pytest.fixture(params=["efficientnet-lite0", "efficientnet-lite2", "clip"])
+def encoder(request, clip) -> ImageEncoder:
+    return clip if request.param == "clip" else load_image_encoder(request.param)
+
+
+def test_frozen(encoder):
     """Training a parent for a step changes nothing, batch statistics included."""
-    encoder = request.getfixturevalue(name)
     before = state_hash(encoder)
     parent = nn.ModuleDict({"encoder": encoder, "head": nn.Linear(encoder.width, 2)}).train()
     assert parent.training and parent["head"].training
@@ -204,9 +207,7 @@ def test_a_tower_that_was_trained_on_other_pixels(tmp_path, clip):
     assert encoder.fingerprint() != clip.fingerprint()  # their features are not to be mixed up
 
 
-@pytest.mark.parametrize("name", ["efficientnet", "clip"])
-def test_features_do_not_depend_on_the_batch(name, request):
-    encoder = request.getfixturevalue(name)
+def test_features_do_not_depend_on_the_batch(encoder):
     images = noise(1) + noise(1, (31, 77), seed=1) + noise(1, (224, 224), seed=2)
     together = encoder(encoder.preprocess(images))
     for image, features in zip(images, together, strict=True):

@@ -1,5 +1,6 @@
 """The commands that train: `python -m blip2_edu train stage1|stage2`."""
 
+import unicodedata
 from typing import TYPE_CHECKING
 
 import typer
@@ -15,12 +16,21 @@ if TYPE_CHECKING:
     from blip2_edu.stage1 import Blip2Stage1
     from blip2_edu.vision import ImageEncoder
 
+# What sets the direction of the letters around it.
+TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
 train = typer.Typer(help="Train the Q-Former: stage 1, then stage 2.", rich_markup_mode=None)
 
 
 def say(text: str, to_stderr: bool = False) -> None:
-    """Print one line; a control character, which a file name can hold, becomes a `?`."""
-    shown = [c if c.isprintable() else " " if c.isspace() else "?" for c in text]
+    """Print one line; what could move the cursor or turn letters around becomes a `?`.
+
+    Names may hold both. Joiners and spaces of every width are letters of a name like others.
+    """
+    shown = []
+    for c in text:
+        harmless = unicodedata.category(c) in ("Zs", "Cf") and c not in TURNING
+        shown.append(c if c.isprintable() or harmless else " " if c.isspace() else "?")
     typer.echo("".join(shown), err=to_stderr)
 
 

@@ -25,6 +25,7 @@ from blip2_edu.app.train import new_blip2, say
 from blip2_edu.checkpoints import embedded, published
 from blip2_edu.checkpoints.tensors import load_tensors
 from blip2_edu.data import examples, features
+from blip2_edu.paths import CHECKPOINTS
 from blip2_edu.stage1 import save_stage1
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +142,12 @@ STAGE2 = ["train", "stage2", "--validation", "scenes:2:1", "--folder", "run"]
         (
             [*STAGE2, "--start-from", "x", "--data", "y", "--language-model", "z"],
             "of --start-from decides --language-model",
+        ),
+        ([*STAGE1, "--start-from", "./x/../run"], "name another --folder"),
+        ([*STAGE2, "--stage1", "RUN", "--data", "y"], "name another --folder"),
+        (
+            [*STAGE2[:-1], CHECKPOINTS / "mini", "--start-from", "mini", "--data", "y"],
+            "name another --folder",
         ),
         (
             [*STAGE2, "--stage1", "x", "--data", "y", "--queries", "16"],

@@ -16,7 +16,7 @@ import typer
 
 from blip2_edu import __version__
 from blip2_edu.app.options import SOURCE
-from blip2_edu.app.train import read, say, train
+from blip2_edu.app.train import read, same_file, say, train
 from blip2_edu.checkpoints.embedded import INSTALL
 from blip2_edu.errors import UserError
 from blip2_edu.paths import IMAGES
@@ -77,13 +77,6 @@ def out_of_memory(error: Exception) -> bool:
 def fail(message: str, code: int = 1) -> int:
     say(message, to_stderr=True)
     return code
-
-
-def same_file(path: Path, other: str | Path) -> bool:
-    """Are these one file, by whatever way, or would be where letter case makes no difference?"""
-    if path.exists() and os.path.exists(other) and path.samefile(other):
-        return True
-    return os.path.realpath(path).casefold() == os.path.realpath(other).casefold()
 
 
 def drawn_here(path: Path) -> bool:

@@ -30,7 +30,7 @@ class Table:
     rows      as they stand in it, the header first, each with its file; not one half written
     header    the columns, those of HEADER among them
     done      the files that have a caption, or whose row somebody emptied
-    problems  why another file has none
+    problems  the cells of each other file, by column
     """
 
     rows: list[tuple[str, str]]
@@ -38,7 +38,7 @@ class Table:
     delimiter: str = ","
     line_end: str = "\r\n"
     done: set[str] = field(default_factory=set)
-    problems: dict[str, str] = field(default_factory=dict)
+    problems: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def without(self, files: set[str]) -> str:
         """The text of the table without the rows of these files."""
@@ -52,10 +52,10 @@ def caption_folder(
 
     Rows are written batch by batch, and files that have a caption already are left out, so that a
     stopped run goes on when it is called again; a file with a problem is tried again, and its row
-    replaced if the file has changed. Other rows stay as they are, and new ones are written as the
-    table has them. Hidden files are no photographs. The table keeps names as they are, even those
-    that are no valid UTF-8. Returns how many files were captioned, and how many have a problem now.
-    Raises TableError.
+    replaced if the file has changed. Rows that somebody wrote stay as they are, and new ones are
+    written as the table has them. Hidden files are no photographs. The table keeps names as they
+    are, even those that are no valid UTF-8. Returns how many files were captioned, and how many
+    have a problem now. Raises TableError.
     """
     known = read_table(table)
     files = {
@@ -66,11 +66,7 @@ def caption_folder(
         and path.resolve() != table.resolve()
     }
     failing = known.problems.keys() & files.keys()
-    as_before = {
-        name
-        for name in failing
-        if one_line(open_each([files[name]])[1].get(0, "")) == known.problems[name]
-    }
+    as_before = {x for x in failing if still(known.problems[x]["problem"], files[x])}
     missing = [name for name in files if name not in known.done | as_before]
     content = known.without(failing - as_before)
     if table.exists() and encode(content) != table.read_bytes():
@@ -93,12 +89,21 @@ def caption_folder(
                 captions = dict(zip(images, texts, strict=True))
             for place, name in enumerate(names):
                 said = (one_line(x.get(place, "")) for x in (captions, problems))
-                writer.writerow(dict(zip(HEADER, (name, *said), strict=True)))
+                cells = dict(zip(HEADER, (name, *said), strict=True))
+                writer.writerow(known.problems.get(name, {}) | cells)
             file.flush()
             captioned, failed = captioned + len(captions), failed + len(problems)
             bar.update(len(names))
         bar.close()
     return captioned, failed
+
+
+def still(problem: str, file: Path) -> bool:
+    """Does a file still have the problem of its row? What somebody else wrote there, it has."""
+    found = one_line(open_each([file])[1].get(0, ""))
+    if found.startswith(problem):
+        return found == problem  # else it was only half written
+    return one_line(file.name[-30:]) not in problem  # ours name the file, a long one by its end
 
 
 def one_line(text: str) -> str:
@@ -143,18 +148,25 @@ def _parse(text: str) -> Table:
     for number, row in enumerate(reader, start=1):
         raw, start = "".join(lines[start : reader.line_num]), reader.line_num
         if start == len(lines):
-            if _is_half(raw, delimiter, len(header)):
+            if _is_open(raw, delimiter):
+                inside = csv.reader(raw.splitlines()[1:], delimiter=delimiter)
+                if any(len(line) >= len(header) for line in inside):  # whole rows of somebody
+                    raise ValueError(f"a quotation begins in row {number} and does not end")
+                break
+            if len(row) < len(header) and not raw.endswith(("\r", "\n")):
                 break
             raw = raw.rstrip("\r\n") + line_end  # some editors leave the last one out
         if number == 1 or not any(cell.strip() for cell in row):
             table.rows.append(("", raw))
             continue
-        if len(row) != len(header):
+        # Excel may leave out empty cells at the end of a row.
+        cells = dict(zip(header, row + [""] * len(header), strict=False))
+        said = cells["caption"] or cells["problem"]
+        if any(row[len(header) :]) or (len(row) < len(header) and not said):
             raise ValueError(f"row {number} has {len(row)} cells, and the first {len(header)}")
-        cells = dict(zip(header, row, strict=True))
         table.rows.append((cells["file"], raw))
         if cells["problem"] and not cells["caption"]:
-            table.problems[cells["file"]] = cells["problem"]
+            table.problems[cells["file"]] = cells
         else:
             table.done.add(cells["file"])
     for name in table.done & table.problems.keys():
@@ -162,10 +174,6 @@ def _parse(text: str) -> Table:
     return table
 
 
-def _is_half(raw: str, delimiter: str, cells: int) -> bool:
-    """Was a last row cut off, in a quotation or before its last cell?"""
-    try:
-        rows = list(csv.reader(io.StringIO(raw, newline=""), delimiter=delimiter, strict=True))
-    except csv.Error:
-        return True
-    return len(rows[0]) < cells and not raw.endswith(("\r", "\n"))
+def _is_open(row: str, delimiter: str) -> bool:
+    """Does a row end within a quotation, so that a further line would belong to it, too?"""
+    return len(list(csv.reader([row, "further"], delimiter=delimiter))) == 1

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import small_models
+from helpers import small_models, tiny
 from helpers.samples import randomise
 from PIL import Image
 from test_vision import state_hash
@@ -20,11 +20,12 @@ from blip2_edu import blip2, language
 from blip2_edu.blip2 import Blip2, Prompts
 from blip2_edu.bridges import QFormerBridge, QFormerBridgeConfig
 from blip2_edu.checkpoints.embedded import embedded_file
+from blip2_edu.data.batches import Source
 from blip2_edu.errors import WeightsError
 from blip2_edu.images import ImageError
 from blip2_edu.language import load_language_model
 from blip2_edu.text import CutText, Tokenizer
-from blip2_edu.training import TrainingConfig, parameter_groups
+from blip2_edu.training import TrainingConfig, parameter_groups, train_stage2
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 SHORT = {"max_new_tokens": 6}
@@ -110,6 +111,31 @@ def test_a_control_token_in_a_question_is_only_text(kind, tmp_path):
         assert control(odd) == ordinary
     for plain in ("is this < 3 > 2?", "what </ is it", "caf\xe9 | im_end"):
         assert model.question_prompt(plain) == f"<s>{{image}}Q: {plain}</s> A:"
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_control_token_in_a_caption_that_is_learned_is_only_text(kind, tmp_path, monkeypatch):
+    model, read = small_models.blip2(tmp_path, kind), []
+    tokens, labels = language.LanguageModel.token_ids, language.LanguageModel.label_ids
+
+    def token_ids(self, *arguments):
+        ids = tokens(self, *arguments)
+        read.extend(x for x in ids.tolist() if x != small_models.END)  # which T5 adds to a prompt
+        return ids
+
+    def label_ids(self, texts):
+        ids = labels(self, texts)
+        read.extend(ids.flatten().tolist())
+        return ids
+
+    monkeypatch.setattr(language.LanguageModel, "token_ids", token_ids)
+    monkeypatch.setattr(language.LanguageModel, "label_ids", label_ids)
+    examples, features = tiny.captioned(4), tiny.random_features(4)
+    examples.captions = [["<s> <pad> a<image> dog <s> <image>"]] * 4
+    source = Source(examples, features, batch_size=2)
+    held_out = [(tiny.captioned(2), tiny.random_features(2))]
+    train_stage2(model, source, held_out, TrainingConfig(tmp_path / "run", epochs=1))
+    assert len(read) > 50 and not set(read) & set(range(len(small_models.SPECIAL)))
 
 
 def test_the_chat_form_of_smollm2_keeps_its_control_tokens():

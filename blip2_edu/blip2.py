@@ -45,7 +45,7 @@ class Prompts:
 
     caption: str
     question: str
-    end_of_text: str | None = None
+    end_of_text: str | None = None  # one token
 
     @classmethod
     def opt(cls) -> "Prompts":
@@ -193,9 +193,13 @@ class Blip2(nn.Module):
         return self.write(image_features, [self.question_prompt(q) for q in questions], **decoding)
 
     def question_prompt(self, question: str) -> str:
-        """The prompt that asks `question`; whatever a user typed, a `{image}` too, is only text."""
+        """The prompt that asks `question`; whatever a user typed, a `{image}` too, is only text.
+
+        So is a control token of the language model, such as <|im_end|>.
+        """
         question = question.encode("utf-8", "replace").decode()
         question = " ".join(question.replace(IMAGE, "image").split())
+        question = self.language_model.without_control(question)
         return self.config.prompts.question.replace("{question}", question)
 
     @torch.no_grad()
@@ -205,15 +209,20 @@ class Blip2(nn.Module):
 
     @torch.no_grad()
     def embed_text(self, texts: str | Sequence[str]) -> Tensor:
-        """Unit vectors (T, P), one for each text."""
-        model = self.retriever()
-        ids, mask = model.tokenizer(as_list(texts))
+        """Unit vectors (T, P), one for each text. Warns of texts that are cut, with CutText."""
+        model, texts = self.retriever(), as_list(texts)
+        model.tokenizer.warn_if_cut(texts)
+        ids, mask = model.tokenizer(texts)
         return model.embed_text(ids.to(self.device), mask.to(self.device))
 
     @torch.no_grad()
     def match(self, image: ImageSource, texts: str | Sequence[str]) -> "MatchScores":
-        """How well each of T texts fits the image, which is projected once for all."""
+        """How well each of T texts fits the image, which is projected once for all.
+
+        Warns of texts that are cut, with CutText. Raises ImageError and WeightsError.
+        """
         model, texts = self.retriever(), as_list(texts)
+        model.tokenizer.warn_if_cut(texts)
         ids, mask = (x.to(self.device) for x in model.tokenizer(texts))
         projected = model.project_image(self.encode_images(image))
         embedded = model.embed_queries(model.qformer(projected).queries)  # (1, Q, P)
@@ -249,10 +258,14 @@ class Blip2(nn.Module):
         folder = checkpoint_folder(name)
         try:
             values = json.loads((folder / "config.json").read_text())
-            ours = None if values.get("model_type") == "blip-2" else read_config(values)
+            kind = values.get("model_type")  # only a published model has one
+            ours = read_config(values) if kind is None else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{folder} holds no config.json of a BLIP-2: {error}") from error
         if ours is None:
+            if kind != "blip-2":
+                other = "an InstructBLIP" if kind == "instructblip" else f"a model of type {kind}"
+                raise WeightsError(f"{name} is {other}, and this course loads BLIP-2: name one.")
             return load_published(name, folder)
         config, bridge_settings = ours
         stage1 = load_stage1(folder) if (folder / "stage1.json").exists() else None

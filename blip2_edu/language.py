@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IMAGE = "{image}"  # where the soft prompt goes in a prompt
+PLAIN = {"add_special_tokens": False, "split_special_tokens": True}  # text that is only text
 
 
 class LanguageModel(nn.Module):
@@ -42,9 +43,9 @@ class LanguageModel(nn.Module):
 
     name          what `load_language_model` was asked for
     width         E
-    end_of_text   what ends a text: a string, or the id of a token (of several, the first), as a
-                  generation_config has it; None: the tokenizer's own. The loss teaches it, and
-                  generation waits for it
+    end_of_text   what ends a text: a string of one token, or the id of a token (of several, the
+                  first), as a generation_config has it; None: the tokenizer's own. The loss teaches
+                  it, and generation waits for it
 
     A prompt is a string in which `{image}` marks the place of the soft prompt. What the tokenizer
     adds by itself (OPT's BOS, T5's EOS) goes with the words after the image.
@@ -75,12 +76,14 @@ class LanguageModel(nn.Module):
         """Let texts end so from now on. Raises WeightsError if the tokenizer has no such token."""
         if isinstance(end_of_text, str):
             ids = self.tokenizer.encode(end_of_text, add_special_tokens=False)
-            if not ids:
+            unknown = self.tokenizer.unk_token_id in ids and end_of_text != self.tokenizer.unk_token
+            if len(ids) != 1 or unknown:
+                count = f"{len(ids)} tokens" if len(ids) > 1 else "no token"
                 raise WeightsError(
-                    f"The tokenizer of {self.name} has no token for {end_of_text!r}, which should "
+                    f"The tokenizer of {self.name} has {count} for {end_of_text!r}, and one must "
                     "end a text: name another in the checkpoint's prompts."
                 )
-            self.end_token = ids[-1]
+            self.end_token = ids[0]
         else:
             self.end_token = end_of_text[0] if isinstance(end_of_text, list) else end_of_text
 
@@ -105,6 +108,14 @@ class LanguageModel(nn.Module):
         """One text -> ids (T,)."""
         ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return torch.tensor(ids, dtype=torch.long, device=self.device)
+
+    def without_control(self, text: str) -> str:
+        """A text for a prompt: a control token that is written out in it is broken by a space."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        control = {token.content for token in added if token.special}
+        for token in sorted(control, key=len, reverse=True):
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
 
     def embed_prompts(self, soft_prompt: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Put each soft prompt into its prompt: embeddings (B, L, E) and their mask (B, L).
@@ -131,8 +142,11 @@ class LanguageModel(nn.Module):
         return self.embed(self.token_ids(before)), self.embed(self.token_ids(after, True))
 
     def label_ids(self, texts: list[str]) -> Tensor:
-        """Texts -> token ids (B, T), each closed by the end token; -100 behind it. On the CPU."""
-        rows = self.tokenizer(texts, add_special_tokens=False).input_ids
+        """Texts -> token ids (B, T), each closed by the end token; -100 behind it. On the CPU.
+
+        A control token that is written out in a text is spelled like any other word.
+        """
+        rows = self.tokenizer(texts, **PLAIN).input_ids
         rows = [torch.tensor([*ids, self.end_token], dtype=torch.long) for ids in rows]
         return pad_sequence(rows, batch_first=True, padding_value=-100)
 
@@ -201,9 +215,7 @@ class LanguageModel(nn.Module):
 
     def word_of_token(self, text: str) -> list[int]:
         """For each token of a text, which of the words of `text.split()` it ends in."""
-        offsets = self.tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True
-        ).offset_mapping
+        offsets = self.tokenizer(text, **PLAIN, return_offsets_mapping=True).offset_mapping
         return [max(0, len(text[:end].split()) - 1) for _, end in offsets]
 
     def _read(self, embeddings: Tensor, mask: Tensor, copies: int):
@@ -238,7 +250,10 @@ class LanguageModel(nn.Module):
             pad_token_id=self.tokenizer.pad_token_id,
             **decoding,
         )
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        # The end may be an ordinary word piece, which decoding would keep.
+        rows = [[token for token in row if token != self.end_token] for row in ids.tolist()]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
 
 def tells_positions_by_alibi(config) -> bool:

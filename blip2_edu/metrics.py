@@ -100,14 +100,17 @@ def vqa_accuracy(answers: list[str], questions: list[dict]) -> dict[str, float]:
     """VQA accuracy, overall and by answer type, in percent.
 
     An answer counts min(1, n / 3) if n people gave it, averaged over the ways to leave one of them
-    out (Antol et al. 2015).
+    out (Antol et al. 2015). Of fewer than four people all the others must have given it.
     """
     accuracies = defaultdict(list)
     for answer, question in zip(answers, questions, strict=True):
-        people = [normalise_answer(a) for a in question["answers"] or [question["answer"]] * 10]
+        people = [normalise_answer(a) for a in question["answers"] or [question["answer"]]]
+        if len(people) == 1:  # nobody would be left
+            people *= 2
+        needed = min(3, len(people) - 1)
         agree = people.count(normalise_answer(answer))
         others = len(people) - agree
-        accuracy = agree * min(1, (agree - 1) / 3) + others * min(1, agree / 3)
+        accuracy = agree * min(1, (agree - 1) / needed) + others * min(1, agree / needed)
         for name in ("VQA", f"VQA {question['answer_type']}"):
             accuracies[name].append(100 * accuracy / len(people))
     return {name: sum(values) / len(values) for name, values in sorted(accuracies.items())}

@@ -35,11 +35,12 @@ def match_attention(
 ) -> Tensor:
     """Where each image supports its text: gradient-weighted maps of ITM's match logit, (B, R, K).
 
-    Of the Q-Former that matches, over all its blocks. Raises ImageError, and WeightsError if the
-    checkpoint has no such Q-Former.
+    Of the Q-Former that matches, over all its blocks. Warns of texts that are cut, with CutText.
+    Raises ImageError, and WeightsError if the checkpoint has no such Q-Former.
     """
-    reader = model.retriever()
-    ids, mask = (x.to(model.device) for x in reader.tokenizer(list(texts)))
+    reader, texts = model.retriever(), list(texts)
+    reader.tokenizer.warn_if_cut(texts)
+    ids, mask = (x.to(model.device) for x in reader.tokenizer(texts))
     return _fold(model, match_relevance(reader, model.encode_images(images), ids, mask))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,6 +13,10 @@ from blip2_edu.checkpoints.tensors import save_json
 from blip2_edu.errors import WeightsError
 
 MAX_TOKENS = 32  # as in LAVIS; the longest caption of a photograph is rarely over 25
+
+
+class CutText(UserWarning):
+    """Only the beginning of a text is read; the message is one sentence for the user."""
 
 
 def clean(text: str) -> str:
@@ -29,6 +34,7 @@ class Tokenizer:
             self.pieces = WordPieces.from_file(str(file))
         except Exception as error:  # tokenizers has no class of its own for what it cannot read
             raise WeightsError(f"{file} is no tokenizer: {error}") from error
+        self.max_tokens = max_tokens
         self.pieces.enable_truncation(max_tokens)
         self.pieces.enable_padding()
 
@@ -39,6 +45,14 @@ class Tokenizer:
             torch.tensor([e.ids for e in encoded]),
             torch.tensor([e.attention_mask for e in encoded]),
         )
+
+    def warn_if_cut(self, texts: list[str]) -> None:
+        """Give a CutText if there are texts of which only the beginning is read."""
+        encoded = self.pieces.encode_batch([clean(text) for text in texts])
+        if cut := sum(bool(e.overflowing) for e in encoded):
+            read = f"only the first {self.max_tokens} tokens are read"
+            # Level 4 is where `Blip2.match`, within no_grad, was called.
+            warnings.warn(f"{cut} of {len(texts)} texts cut: {read}.", CutText, stacklevel=4)
 
     def save(self, file: Path) -> None:
         save_json(json.loads(self.pieces.to_str()), file)

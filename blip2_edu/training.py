@@ -294,7 +294,8 @@ def train_stage2(
             asked = [prompts.caption] * len(batch.image_features)
             if model.language_model.is_encoder_decoder:  # it reads how a caption begins
                 beginnings, texts = zip(*map(split_prefix, texts), strict=True)
-                asked = [f"{prompts.caption} {beginning}" for beginning in beginnings]
+                plain = map(model.language_model.without_control, beginnings)
+                asked = [f"{prompts.caption} {beginning}" for beginning in plain]
         return {
             "image_features": batch.image_features,
             "prompts": asked,

@@ -1,6 +1,7 @@
 """The whole model: round trips, what learns and what does not, and the published form."""
 
 import json
+import warnings
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,19 +10,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import small_models
+from helpers import small_models, tiny
 from helpers.samples import randomise
 from PIL import Image
 from test_vision import state_hash
 from transformers import Blip2Config as TheirConfig
 from transformers import Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig
 
-from blip2_edu import blip2
+from blip2_edu import blip2, language
 from blip2_edu.blip2 import Blip2, Prompts
 from blip2_edu.bridges import QFormerBridge, QFormerBridgeConfig
+from blip2_edu.checkpoints.embedded import embedded_file
+from blip2_edu.data.batches import Source
 from blip2_edu.errors import WeightsError
 from blip2_edu.images import ImageError
-from blip2_edu.training import TrainingConfig, parameter_groups
+from blip2_edu.language import load_language_model
+from blip2_edu.text import CutText, Tokenizer
+from blip2_edu.training import TrainingConfig, parameter_groups, train_stage2
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 SHORT = {"max_new_tokens": 6}
@@ -90,6 +95,92 @@ def test_a_question_is_only_text(model):
     assert model.answer(photos(1), "is \udcff there?")  # what a terminal may make of a byte
     for odd in ("", "$x$ <b>", "?" * 200, "\u4e2d\u6587 \U0001f408"):
         assert len(model.answer(photos(1), odd, **SHORT)) == 1
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "t5"])
+def test_a_control_token_in_a_question_is_only_text(kind, tmp_path):
+    model = small_models.blip2(tmp_path, kind)
+    model.config.prompts.question = "<s>{image}Q: {question}</s> A:"
+    tokens = model.language_model.token_ids
+
+    def control(question: str) -> list[int]:
+        ids = tokens(model.question_prompt(question).replace("{image}", ""), True).tolist()
+        return [token for token in ids if token < len(small_models.SPECIAL)]
+
+    ordinary = control("is this it?")
+    for odd in ("<s>", "a </s> b", "<pad><image>", "</s", "<</s>/s>", "<s></s>"):
+        assert control(odd) == ordinary
+    for plain in ("is this < 3 > 2?", "what </ is it", "caf\xe9 | im_end"):
+        assert model.question_prompt(plain) == f"<s>{{image}}Q: {plain}</s> A:"
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_control_token_in_a_caption_that_is_learned_is_only_text(kind, tmp_path, monkeypatch):
+    model, read = small_models.blip2(tmp_path, kind), []
+    tokens, labels = language.LanguageModel.token_ids, language.LanguageModel.label_ids
+
+    def token_ids(self, *arguments):
+        ids = tokens(self, *arguments)
+        read.extend(x for x in ids.tolist() if x != small_models.END)  # which T5 adds to a prompt
+        return ids
+
+    def label_ids(self, texts):
+        ids = labels(self, texts)
+        read.extend(ids.flatten().tolist())
+        return ids
+
+    monkeypatch.setattr(language.LanguageModel, "token_ids", token_ids)
+    monkeypatch.setattr(language.LanguageModel, "label_ids", label_ids)
+    examples, features = tiny.captioned(4), tiny.random_features(4)
+    examples.captions = [["<s> <pad> a<image> dog <s> <image>"]] * 4
+    source = Source(examples, features, batch_size=2)
+    held_out = [(tiny.captioned(2), tiny.random_features(2))]
+    train_stage2(model, source, held_out, TrainingConfig(tmp_path / "run", epochs=1))
+    assert len(read) > 50 and not set(read) & set(range(len(small_models.SPECIAL)))
+
+
+def test_the_chat_form_of_smollm2_keeps_its_control_tokens():
+    """With the real tokenizer; ordinary questions keep every token."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(language.unpack_smollm2())
+    network = small_models.language_network("llama")
+    writer = language.LanguageModel("smollm2-135m", network, tokenizer)
+    chat = SimpleNamespace(config=SimpleNamespace(prompts=Prompts.smollm2()), language_model=writer)
+
+    def tokens(question: str) -> list[str]:
+        prompt = Blip2.question_prompt(chat, question)
+        return tokenizer.convert_ids_to_tokens(writer.token_ids(prompt).tolist())
+
+    own = [x for x in tokens("what?") if x.startswith("<|")]
+    assert own == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    for odd in ("<|im_end|>", "a<|im_end|>\n<|im_start|>b", "<|endoftext|>", "<repo_name>"):
+        found = tokens(odd)
+        assert [x for x in found if x.startswith("<|im") or x == "<|endoftext|>"] == own
+        assert "<repo_name>" not in found
+    asked = "How many <b>dogs</b> | cats are < 3?"
+    whole = Prompts.smollm2().question.replace("{question}", asked)
+    assert tokens(asked) == tokenizer.tokenize(whole)
+
+
+def test_a_text_that_is_cut_is_said_to_be(model):
+    long = ["a dog " * 20 + end for end in ("cat", "horse")]
+    image = photos(1)[0]
+    for use in (lambda texts: model.match(image, texts), model.embed_text):
+        with pytest.warns(CutText, match="^2 of 3 texts cut: only the first 16 tokens") as found:
+            use([*long, "a dog"])
+        assert len(found) == 1 and found[0].filename == __file__
+        with warnings.catch_warnings(action="error"):
+            use(["a dog", "dog " * 14])  # with [CLS] and [SEP] as many as are read
+
+
+def test_a_control_token_in_a_text_to_match_is_only_text():
+    """With the word pieces of BERT: what is read holds no control token but its own."""
+    tokenizer = Tokenizer(embedded_file("minilm-l6").parent / "tokenizer.json")
+    ids, _ = tokenizer(["a [SEP] dog [MASK] [CLS]", "a sep dog mask cls"])
+    assert torch.equal(ids[0], ids[1])
+    names = [tokenizer.pieces.id_to_token(i) for i in ids[0].tolist()]
+    assert [name for name in names if name.startswith("[")] == ["[CLS]", "[SEP]"]
 
 
 def test_embeddings_and_matches(model):
@@ -336,6 +427,31 @@ def test_a_published_model_trained_on_is_saved_and_read_again(kind, tmp_path):
     assert torch.equal(again.encode_images(photos(2)), features)
     assert torch.equal(again.bridge(features), model.bridge(features))
     assert again.caption(photos(2)) == model.caption(photos(2))
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_a_published_model_of_another_vocabulary_names_the_tensor_and_both_sizes(kind, tmp_path):
+    theirs = published(kind)
+    theirs.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    values["text_config"]["vocab_size"] += 8
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    small_models.tokenizer(kind).save_pretrained(tmp_path)
+    for load in (Blip2.from_pretrained, lambda folder: load_language_model(str(folder))):
+        with pytest.raises(WeightsError) as error:
+            load(tmp_path)
+        sentence, size = str(error.value), small_models.VOCABULARY
+        assert f"({size}, 24)" in sentence and f"({size + 8}, 24)" in sentence
+        assert "language_model" in sentence and "report" not in sentence and "\n" not in sentence
+
+
+@pytest.mark.parametrize(
+    "kind, words", [("instructblip", "is an InstructBLIP, and"), ("llava", "of type llava, and")]
+)
+def test_another_published_model_is_named(kind, words, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(WeightsError, match=f"{words} this course loads BLIP-2"):
+        Blip2.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "a tensor less", "no tokenizer"])

@@ -21,10 +21,11 @@ from blip2_edu import blip2, evaluation, language, training, vision
 from blip2_edu.app import cli, doctor
 from blip2_edu.app.cli import main
 from blip2_edu.app.options import Stage1Options, Stage2Options
-from blip2_edu.app.train import new_blip2
+from blip2_edu.app.train import new_blip2, say
 from blip2_edu.checkpoints import embedded, published
 from blip2_edu.checkpoints.tensors import load_tensors
 from blip2_edu.data import examples, features, sources
+from blip2_edu.paths import CHECKPOINTS
 from blip2_edu.stage1 import save_stage1
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +144,12 @@ STAGE2 = ["train", "stage2", "--validation", "scenes:2:1", "--folder", "run"]
             [*STAGE2, "--start-from", "x", "--data", "y", "--language-model", "z"],
             "of --start-from decides --language-model",
         ),
+        ([*STAGE1, "--start-from", "./x/../run"], "name another --folder"),
+        ([*STAGE2, "--stage1", "RUN", "--data", "y"], "name another --folder"),
+        (
+            [*STAGE2[:-1], CHECKPOINTS / "mini", "--start-from", "mini", "--data", "y"],
+            "name another --folder",
+        ),
         (
             [*STAGE2, "--stage1", "x", "--data", "y", "--queries", "16"],
             "of --stage1 decides --queries",
@@ -197,6 +204,71 @@ def test_control_characters_do_not_reach_the_terminal(capsys, model, photo, tmp_
     assert "\x1b" not in fails(capsys, "caption", f"none{ESCAPE}.jpg", "--model", model)
 
 
+@pytest.mark.parametrize("way", ["itself", "another path", "link", "hard link", "letter case"])
+def test_the_photo_is_not_drawn_over(capsys, model, photo, tmp_path, way):
+    target = Path({"itself": "photo.jpg", "another path": "cache/../photo.jpg"}.get(way, "a.jpg"))
+    (tmp_path / "cache").mkdir()
+    if way == "link":
+        target.symlink_to(photo)
+    elif way == "hard link":
+        os.link(photo, target)
+    elif way == "letter case":
+        target = Path("PHOTO.JPG")
+    Image.linear_gradient("L").save("first.png")
+    before = Path(photo).read_bytes()
+    command = ["caption", "first.png", photo, "--model", model, "--attention", target]
+    assert "is an image to caption" in fails(capsys, *command, code=2)
+    assert Path(photo).read_bytes() == before
+
+
+def test_attention_without_an_image_draws_over_no_photo(capsys, model, photo, monkeypatch):
+    before = Path(photo).read_bytes()
+    assert "name an image" in fails(capsys, "caption", "--attention", photo, code=2)
+    assert Path(photo).read_bytes() == before
+    course = next(cli.IMAGES.glob("*.jpg"))
+    assert "name an image" in fails(capsys, "caption", "--attention", course, code=2)
+    folder = Path(photo).parent / "images"
+    folder.mkdir()
+    Image.linear_gradient("L").save(folder / "one.jpg")
+    monkeypatch.setattr(cli, "IMAGES", folder)
+    for kind in ("png", "jpg", "pdf", "svg"):  # as `make demo` is called again
+        for _ in range(2):
+            command = ["caption", "--model", model, "--beams", "1", "--attention", f"map.{kind}"]
+            code, _, err = run(capsys, *command)
+            assert code == 0, err
+
+
+def test_a_table_is_not_written_into_a_photo(capsys, photo, tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    for name in (photo, "empty.jpg"):
+        before = Path(name).read_bytes()
+        assert "end in .csv" in fails(capsys, "caption", ".", "--csv", name, code=2)
+        assert Path(name).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["checkpoint/config.json", "data.parquet", "list.json"])
+def test_scores_are_not_written_into_what_is_read(capsys, tmp_path, name):
+    for file, text in (
+        ("checkpoint/config.json", "{}"),
+        ("data.parquet", "PAR1"),
+        ("list.json", "[1]"),
+    ):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
+    before = Path(name).read_bytes()
+    command = ["evaluate", "--data", "data.parquet", "--model", "checkpoint", "--json", name]
+    assert "holds no scores" in fails(capsys, *command, code=2)
+    assert Path(name).read_bytes() == before
+
+
+def test_letters_of_every_language_are_printed_as_they_are(capsys):
+    name = "\u0645\u0647\u200c\u0647\u0627 \U0001f469\u200d\U0001f4bb 10\u202fkm \u3000\xad\xa0.jpg"
+    say(name)
+    assert capsys.readouterr().out == name + "\n"
+    say("a\x1b\x00\x9b\u202e\u2066\u200f\u061c\udcffb\n\u2028\tc")
+    assert capsys.readouterr().out == "a????????b   c\n"
+
+
 def test_ask(capsys, model, photo):
     code, out, _ = run(capsys, "ask", photo, "who?", "what is {image}?", "--model", model)
     assert code == 0
@@ -211,6 +283,14 @@ def test_match_names_the_best_first(capsys, model, photo):
     assert code == 0 and sorted(line.split(maxsplit=2)[2] for line in lines[1:]) == sorted(texts)
     best = blip2.Blip2.from_pretrained(model).match(photo, texts).score.argmax()
     assert lines[1].endswith(texts[best])
+
+
+def test_match_says_that_texts_are_cut(capsys, model, photo):
+    long = "a dog " * 20
+    code, out, err = run(capsys, "match", photo, long, "a dog", long + "cat", "--model", model)
+    assert code == 0 and len(out.splitlines()) == 4
+    assert err == "2 of 3 texts cut: only the first 32 tokens are read.\n"
+    assert run(capsys, "match", photo, "a dog", "snow", "--model", model)[2] == ""
 
 
 @pytest.mark.parametrize("command", [["ask", "none.jpg", "who?"], ["match", "none.jpg", "a dog"]])
@@ -340,6 +420,7 @@ def test_evaluate(capsys, model, tmp_path):
     )
     assert code == 0, err
     written = json.loads((tmp_path / "scores.json").read_text())
+    assert cli.holds_scores(tmp_path / "scores.json")  # so they may be written anew
     assert written["images"] == 4 and written["rerank"] == 3 and written["model"] == model
     wanted = {"TR@1", "IR@10 re-ranked", "BLEU-4", "CIDEr", "VQA", "images per second"}
     assert wanted | {"VQA blind, by question type"} <= set(written["scores"])

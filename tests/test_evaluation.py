@@ -275,6 +275,27 @@ def test_vqa_accuracy_leaves_one_out(agree):
     assert vqa_accuracy(["A cat."], [question(answers)])["VQA"] == pytest.approx(100 * expected)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 9, 10])
+def test_vqa_accuracy_of_few_people(count):
+    """What all of them say is right, and what nobody says is wrong, however many were asked."""
+    asked = question(["cat"]) | {"answers": ["cat"] * count}
+    assert vqa_accuracy(["cat"], [asked])["VQA"] == 100
+    assert vqa_accuracy(["dog"], [asked])["VQA"] == 0
+
+
+@pytest.mark.parametrize(
+    "answers, right",  # leave one out: all the others must have given it, three of them suffice
+    [
+        (["cat", "dog"], 50),
+        (["cat", "cat", "dog"], 200 / 3),
+        (["cat", "dog", "dog"], 100 / 3),
+        (["cat", "cat", "dog", "dog"], 50),
+    ],
+)
+def test_vqa_accuracy_of_few_people_who_disagree(answers, right):
+    assert vqa_accuracy(["cat"], [question(answers)])["VQA"] == pytest.approx(right)
+
+
 def test_vqa_accuracy_by_answer_type():
     questions = [
         question(["yes"] * 10, "yes/no"),

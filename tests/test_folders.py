@@ -1,6 +1,7 @@
 """A folder into a table: every file has one row, whatever happens in between."""
 
 import csv
+import io
 import os
 import shutil
 import weakref
@@ -68,7 +69,7 @@ def test_every_file_has_a_row_and_a_bad_one_says_why(folder, tmp_path):
     assert complete(table)
     assert max(model.batches) > 1
     again = caption_folder(folder, table, lambda: pytest.fail("loaded for nothing"))
-    assert again == (0, 0) and complete(table)
+    assert again == (0, 2) and complete(table)
 
 
 def test_a_batch_is_let_go_before_the_next_is_opened(folder, tmp_path, monkeypatch):
@@ -116,7 +117,7 @@ def test_a_name_that_is_no_utf8(folder, tmp_path):
         pytest.skip("this file system holds no such name")
     table = tmp_path / "out.csv"
     assert caption_folder(folder, table, Fake) == (8, 2)
-    assert caption_folder(folder, table, Fake) == (0, 0)
+    assert caption_folder(folder, table, Fake) == (0, 2)
     assert b"caf\xe9.png" in table.read_bytes()
 
 
@@ -133,6 +134,131 @@ def test_another_file_is_not_written_into(folder, tmp_path, content):
     with pytest.raises(TableError, match="something else"):
         caption_folder(folder, table, Fake)
     assert table.read_bytes() == content
+
+
+def test_another_file_is_refused_with_the_reason(folder, tmp_path):
+    table = tmp_path / "out.csv"
+    for content, reason in (("a,b\n", "does not name file"), ("x\n", "row 2 has 1 cells")):
+        table.write_text("file,caption,problem\n" * (content == "x\n") + content)
+        with pytest.raises(TableError, match=reason):
+            caption_folder(folder, table, Fake)
+
+
+def test_a_quotation_that_does_not_end_swallows_no_rows(folder, tmp_path):
+    table = tmp_path / "out.csv"
+    broken = b'file,caption,problem\r\n0.png,"a cow,\r\n1.png,a dog,\r\n2.png,a pig,\r\n'
+    table.write_bytes(broken)
+    with pytest.raises(TableError, match="a quotation begins in row"):
+        caption_folder(folder, table, Fake)
+    assert table.read_bytes() == broken
+    odd = b'file,caption,problem\r\n0.png,"a" cow,\r\n'  # as somebody typed it
+    table.write_bytes(odd)
+    caption_folder(folder, table, Fake)
+    assert table.read_bytes().startswith(odd)
+
+
+def quoted(text: str) -> str:
+    out = io.StringIO(newline="")
+    csv.writer(out, quoting=csv.QUOTE_ALL).writerows(csv.reader(io.StringIO(text, newline="")))
+    return out.getvalue()
+
+
+def delimited(text: str, delimiter: str) -> str:
+    out = io.StringIO(newline="")
+    csv.writer(out, delimiter=delimiter).writerows(csv.reader(io.StringIO(text, newline="")))
+    return out.getvalue()
+
+
+STYLES = {  # what other programs make of a table, and the delimiter, line end and start it has then
+    "pandas": (lambda text: text.replace("\r\n", "\n"), ",", "\n", "f"),
+    "a byte-order mark": (lambda text: "\ufeff" + text, ",", "\r\n", "\ufefff"),
+    "an old Mac": (lambda text: text.replace("\r\n", "\r"), ",", "\r", "f"),
+    "a blank line": (lambda text: text + "\r\n", ",", "\r\n", "f"),
+    "several, of spaces": (lambda text: text + "\r\n  \r\n", ",", "\r\n", "f"),
+    "empty cells": (lambda text: text + ",,\r\n", ",", "\r\n", "f"),
+    "no last line end": (lambda text: text.removesuffix("\r\n"), ",", "\r\n", "f"),
+    "neither, by pandas": (lambda text: text.replace("\r\n", "\n")[:-1], ",", "\n", "f"),
+    "quotation marks": (quoted, ",", "\r\n", '"'),
+    "a German Excel": (lambda text: "\ufeff" + delimited(text, ";"), ";", "\r\n", "\ufefff"),
+    "Excel, less empty cells": (lambda text: text.replace(",\r\n", "\r\n"), ",", "\r\n", "f"),
+    "a cell too many": (lambda text: text.replace(",\r\n", ",,\r\n"), ",", "\r\n", "f"),
+    "tabs": (lambda text: delimited(text, "\t"), "\t", "\r\n", "f"),
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_table_that_another_program_has_saved_is_continued_in_its_style(folder, tmp_path, style):
+    change, delimiter, line_end, start = STYLES[style]
+    table = tmp_path / "out.csv"
+    caption_folder(folder, table, Fake)
+    text = table.read_bytes().decode().replace("13, ", "mine, ") + "gone.png,written by hand,\r\n"
+    before = change(text).encode()
+    table.write_bytes(before)
+    assert caption_folder(folder, table, lambda: pytest.fail("loaded for nothing")) == (0, 2)
+    unchanged = table.read_bytes()
+    assert unchanged.rstrip(b"\r\n") == before.rstrip(b"\r\n")
+
+    Image.new("RGB", (80, 9)).save(folder / "new.png")
+    assert caption_folder(folder, table, Fake) == (1, 2)
+    after = table.read_bytes()
+    row = f'new.png{delimiter}"80, ""5"" beams"{delimiter}{line_end}'
+    assert after == unchanged + row.encode() and after.decode().startswith(start)
+    found = list(csv.reader(io.StringIO(after.decode(), newline=""), delimiter=delimiter))
+    assert ["gone.png", "written by hand"] in [row[:2] for row in found]
+    assert ["3.png", 'mine, "5" beams'] in [row[:2] for row in found]
+    assert caption_folder(folder, table, Fake) == (0, 2) and table.read_bytes() == after
+
+
+def test_columns_of_somebody_else_are_kept(folder, tmp_path):
+    table = tmp_path / "out.csv"
+    problem = f"{folder / '4.png'} is empty; copy or download it again."
+    table.write_text(
+        f"number,caption,file,problem\n1,a cow,3.png,\n2,,4.png,{problem}\n3,,2.png,secret!\n"
+    )
+    assert caption_folder(folder, table, Fake) == (5, 3)
+    with table.open(newline="") as file:
+        found = {row["file"]: row for row in csv.DictReader(file)}
+    assert found["3.png"] == {"number": "1", "caption": "a cow", "file": "3.png", "problem": ""}
+    assert found["4.png"]["caption"] == '14, "5" beams' and found["4.png"]["number"] == "2"
+    assert found["2.png"]["problem"] == "secret!" and found["1.png"]["number"] == ""
+
+
+def test_a_problem_is_tried_again(folder, tmp_path):
+    table = tmp_path / "out.csv"
+    (folder / "an empty.jpg").touch()  # its row ends as that of the other
+    assert caption_folder(folder, table, Fake) == (7, 3)
+    before = {row["file"]: row for row in rows(table)}
+    old = table.stat().st_mtime - 1000
+    Image.new("RGB", (33, 9)).save(folder / "empty.jpg")
+    os.utime(folder / "empty.jpg", (old, old))  # as a backup that is put back
+    assert caption_folder(folder, table, Fake) == (1, 2)
+    after = {row["file"]: row for row in rows(table)}
+    assert len(rows(table)) == 10 and after["empty.jpg"]["caption"].startswith("33")
+    assert after | {"empty.jpg": None} == before | {"empty.jpg": None}
+    (folder / "an empty.jpg").write_text("no image either")
+    assert caption_folder(folder, table, Fake) == (0, 2)
+    found = [row for row in rows(table) if row["file"] == "an empty.jpg"]
+    assert len(found) == 1 and "not an image" in found[0]["problem"]
+
+
+def test_a_problem_for_which_somebody_wrote_a_caption_is_none(folder, tmp_path):
+    table = tmp_path / "out.csv"
+    caption_folder(folder, table, Fake)
+    table.write_bytes(table.read_bytes().replace(b"notes.txt,,", b"notes.txt,my notes,"))
+    before = table.read_bytes()
+    assert caption_folder(folder, table, Fake) == (0, 1) and table.read_bytes() == before
+
+
+def test_the_exit_code_says_whether_problems_remain(folder, tmp_path, monkeypatch):
+    from blip2_edu.app import cli
+
+    monkeypatch.setattr(cli, "load_model", lambda name: Fake())
+    command = ["caption", str(folder), "--csv", str(tmp_path / "out.csv")]
+    assert cli.main(command) == cli.main(command) == 1
+    (folder / "notes.txt").unlink()
+    assert cli.main(command) == 1
+    Image.new("RGB", (33, 9)).save(folder / "empty.jpg")
+    assert cli.main(command) == cli.main(command) == 0
 
 
 def test_real_photos_are_captioned_by_the_command(tmp_path, capsys):

@@ -427,6 +427,45 @@ def test_an_end_that_the_tokenizer_does_not_know_is_one_sentence():
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "end, words", [("the end", "has 7 tokens for 'the end'"), ("</s></s>", "has 2 tokens")]
+)
+def test_an_end_of_several_tokens_is_refused(end, words):
+    with pytest.raises(WeightsError, match=words) as error:
+        small_models.language_model("llama", end_of_text=end)
+    assert "\n" not in str(error.value)
+
+
+def test_an_end_that_is_an_ordinary_piece_does_not_stay_in_the_answer(model):
+    """With an output layer that says a, b and then the end for ever."""
+    writer = small_models.language_model(model.name, end_of_text=".")
+    a, b = writer.token_ids("ab").tolist()
+    steps = iter([a, b, writer.end_token])
+    calls = []
+
+    def speak(_, inputs, output):
+        calls.append(1)
+        logits = torch.full_like(output, -100.0)
+        logits[..., next(steps)] = 100.0
+        return logits
+
+    writer.network.get_output_embeddings().register_forward_hook(speak)
+    settings = {"max_new_tokens": 9, "do_sample": False}
+    assert writer.generate(soft_prompts(1), PROMPTS[:1], **settings) == ["ab"]
+    assert len(calls) == 3
+
+
+def test_a_control_token_in_a_text_is_only_text(model):
+    text = "a </s><pad> <image>b"
+    labels = model.label_ids([text])[0]
+    assert labels[:-1].min() >= len(small_models.SPECIAL) and labels[-1] == model.end_token
+    assert model.tokenizer.decode(labels[:-1]) == text
+    words = model.word_of_token(text)
+    assert len(words) == len(labels) - 1 and set(words) == {0, 1, 2}
+    # and the tokenizer reads the next prompt as ever
+    assert model.token_ids("</s>").tolist() == [small_models.END]
+
+
 @pytest.mark.parametrize("end", [[7], 7])
 def test_a_published_checkpoint_decides_its_end_token(end):
     model = small_models.language_model("opt", end_of_text=end)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import small_models
 from PIL import Image
 
 import blip2_edu
@@ -158,6 +159,21 @@ def test_sentences_are_ranked(demo):
     assert "8 sentences were too many" in said(demo)
     demo.compare("  ")
     assert "alert" in said(demo)
+
+
+def test_a_sentence_that_is_cut_is_named(monkeypatch, tmp_path, recwarn):
+    model = small_models.blip2(tmp_path)
+    monkeypatch.setattr(widgets, "load_fastest", lambda checkpoint: model)
+    demo = widgets.Demo()
+    demo.open_photo(COW, "cow.jpg")
+    said(demo)
+    recwarn.clear()
+    demo.compare("\n".join(["a dog " * 40 + "cat", "a dog " * 40, *["a dog"] * 11]))
+    cut = "2 of 12 texts cut: only the first 16 tokens are read. 1 sentences were too many"
+    assert cut in said(demo) and not recwarn
+    demo.compare("a cow\na dog")
+    assert "cut" not in said(demo)
+    demo.close()
 
 
 BAD = {

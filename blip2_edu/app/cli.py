@@ -16,7 +16,7 @@ import typer
 
 from blip2_edu import __version__
 from blip2_edu.app.options import SOURCE
-from blip2_edu.app.train import printable, read, say, train
+from blip2_edu.app.train import printable, read, same_file, say, train
 from blip2_edu.checkpoints.embedded import INSTALL
 from blip2_edu.errors import UserError
 from blip2_edu.paths import IMAGES
@@ -32,6 +32,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(train, name="train")
+
+DRAWN = b"matplotlib"  # it writes its name into a PNG, PDF or SVG by itself
 
 BatchSize = Annotated[int, typer.Option(min=1, help="images at once")]
 Model = Annotated[str, typer.Option(help="mini, a folder, or a hub id")]
@@ -79,6 +81,21 @@ def fail(message: str, code: int = 1) -> int:
     return code
 
 
+def drawn_here(path: Path) -> bool:
+    """Is this a drawing of `caption --attention`, or an empty file, and no photo?"""
+    content = path.read_bytes()
+    return not content or DRAWN in content.lower()
+
+
+def holds_scores(path: Path) -> bool:
+    """Is this a file of `evaluate --json`, or an empty one, which may be written anew?"""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return not text or "scores" in json.loads(text)
+    except (ValueError, TypeError):
+        return False
+
+
 def load_model(name: str) -> "Blip2":
     from blip2_edu.blip2 import load_fastest
 
@@ -109,20 +126,26 @@ def caption(
         raise typer.BadParameter(f"{attention} should end in .png, .jpg, .pdf or .svg.")
     if attention and not attention.absolute().parent.is_dir():
         raise typer.BadParameter(f"{attention.parent} is no folder to write into.")
+    if attention and attention.exists() and not images and not drawn_here(attention):
+        raise typer.BadParameter(f"{attention} exists and is no drawing: name an image before it.")
     if table:
         if attention or not images or len(images) != 1 or not Path(images[0]).is_dir():
             raise typer.BadParameter("--csv captions one folder, without --attention: name it.")
+        if table.suffix.lower() not in (".csv", ".tsv", ".txt"):
+            raise typer.BadParameter(f"{table} should end in .csv.")
         from blip2_edu.app.folders import caption_folder
 
         done, problems = caption_folder(
             Path(images[0]), table, lambda: load_model(model), batch_size, beams
         )
-        say(f"{done} captions and {problems} problems are new in {table}.")
+        say(f"This run: {done} captions and {problems} problems, see {table}.")
         raise typer.Exit(1 if problems else 0)
     from blip2_edu.data.batches import batched
     from blip2_edu.images import open_each
 
     images = images or [os.path.relpath(path) for path in sorted(IMAGES.glob("*.jpg"))]
+    if attention and any(same_file(attention, image) for image in images):
+        raise typer.BadParameter(f"{attention} is an image to caption: draw into another file.")
     blip2, first, failed = None, None, False
     for names in batched(images, batch_size):
         opened, problems = open_each(names)
@@ -138,7 +161,11 @@ def caption(
     if attention and blip2 and first:
         from blip2_edu.visualize import attention_figure
 
-        attention_figure(blip2, *first).savefig(attention)
+        figure = attention_figure(blip2, *first)
+        if attention.suffix.lower() in (".jpg", ".jpeg"):
+            figure.savefig(attention, pil_kwargs={"comment": DRAWN})
+        else:
+            figure.savefig(attention)
         say(f"Where it looked in the first image: {attention}")
     raise typer.Exit(1 if failed else 0)
 
@@ -169,7 +196,10 @@ def match(
     from blip2_edu.images import open_image
 
     opened = open_image(image)
-    scores = load_model(model).match(opened, texts)
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        scores = load_model(model).match(opened, texts)
+    for warning in warned:
+        say(str(warning.message), to_stderr=True)
     say("match  similarity  text")
     for i in scores.score.argsort(descending=True).tolist():
         say(f"{scores.probability[i]:>5.0%}  {scores.similarity[i]:>10.2f}  {texts[i]}")
@@ -199,6 +229,8 @@ def evaluate(
     """Measure retrieval, captions, answers and speed on any data set."""
     if json_file and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"{json_file.parent} is no folder to write into.")
+    if json_file and json_file.is_file() and not holds_scores(json_file):  # of a model, say
+        raise typer.BadParameter(f"{json_file} exists and holds no scores: name another file.")
     from blip2_edu import evaluation
     from blip2_edu.data.examples import load_examples
 

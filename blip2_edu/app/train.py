@@ -1,11 +1,15 @@
 """The commands that train: `python -m blip2_edu train stage1|stage2`."""
 
+import os
+import unicodedata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from blip2_edu.app.options import Stage1Options, Stage2Options, takes
 from blip2_edu.errors import TrainingError
+from blip2_edu.paths import CHECKPOINTS
 
 if TYPE_CHECKING:
     from blip2_edu.blip2 import Blip2
@@ -14,6 +18,9 @@ if TYPE_CHECKING:
     from blip2_edu.data.features import FeatureCache
     from blip2_edu.stage1 import Blip2Stage1
     from blip2_edu.vision import ImageEncoder
+
+# What sets the direction of the letters around it.
+TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 
 train = typer.Typer(help="Train the Q-Former: stage 1, then stage 2.", rich_markup_mode=None)
 
@@ -24,8 +31,22 @@ def say(text: str, to_stderr: bool = False) -> None:
 
 
 def printable(text: str) -> str:
-    """One line; a control character, which a file name can hold, becomes a `?`."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text)
+    """One line; what could move the cursor or turn letters around becomes a `?`.
+
+    Names may hold both. Joiners and spaces of every width are letters of a name like others.
+    """
+    shown = []
+    for c in text:
+        harmless = unicodedata.category(c) in ("Zs", "Cf") and c not in TURNING
+        shown.append(c if c.isprintable() or harmless else " " if c.isspace() else "?")
+    return "".join(shown)
+
+
+def same_file(path: Path, other: str | Path) -> bool:
+    """Are these one file, by whatever way, or would be where letter case makes no difference?"""
+    if path.exists() and os.path.exists(other) and path.samefile(other):
+        return True
+    return os.path.realpath(path).casefold() == os.path.realpath(other).casefold()
 
 
 @train.command()
@@ -36,6 +57,7 @@ def stage1(context: typer.Context, options: Stage1Options) -> None:
     The best model, by retrieval on the validation data, ends up in the folder, ready for stage 2.
     """
     if options.start_from:
+        keep_apart(options.folder, options.start_from)
         leave_out(context, "--start-from", "queries", "size")
     import torch
     from accelerate import PartialState
@@ -89,8 +111,11 @@ def stage2(context: typer.Context, options: Stage2Options) -> None:
     if not options.data and not options.questions:
         raise typer.BadParameter("give --data with captions, --questions or both.")
     if options.start_from:
+        mini = options.start_from == "mini"
+        keep_apart(options.folder, CHECKPOINTS / "mini" if mini else options.start_from)
         leave_out(context, "--start-from", "queries", "encoder", "language_model", "bridge")
     if options.stage1:
+        keep_apart(options.folder, options.stage1)
         leave_out(context, "--stage1", "queries", "bridge")
     import torch
     from accelerate import PartialState
@@ -222,6 +247,12 @@ def new_blip2(options: Stage2Options) -> "Blip2":
     if not options.stage1:
         model.stage1 = None  # it has learned nothing that could match or retrieve
     return model
+
+
+def keep_apart(folder: Path, checkpoint: str | Path) -> None:
+    """Refuse to write into the checkpoint that is read."""
+    if same_file(folder, checkpoint):
+        raise typer.BadParameter(f"training starts from {checkpoint}: name another --folder.")
 
 
 def leave_out(context: typer.Context, checkpoint: str, *options: str) -> None:

@@ -7,6 +7,7 @@ the other, so that the page never stands still. A job that fails ends in one sen
 import base64
 import csv
 import io
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from blip2_edu.errors import WeightsError
 from blip2_edu.images import MAX_DOWNLOAD_BYTES, ImageError, open_image
 from blip2_edu.paths import IMAGES
 from blip2_edu.seeing import word_attention
+from blip2_edu.text import CutText
 from blip2_edu.visualize import overlay
 
 MAX_QUESTION = 200  # characters; a longer one is no question about a photo
@@ -262,18 +264,22 @@ class Demo(widgets.VBox):
 
     def compare(self, sentences: str) -> None:
         """Rank sentences, one a line, by how well they fit the photo."""
-        lines = [line.strip()[:MAX_QUESTION] for line in sentences.splitlines() if line.strip()]
+        lines = [line.strip() for line in sentences.splitlines() if line.strip()]
         if not lines:
             return self._refuse("Type a sentence first, or several, one a line.")
 
         def work() -> None:
             chosen = lines[:MAX_SENTENCES]
-            scores = self._loaded().match(self._chosen(), chosen)
+            with warnings.catch_warnings(record=True, action="always") as warned:
+                scores = self._loaded().match(self._chosen(), chosen)
             shares = scores.score.softmax(dim=0)
             order = scores.score.argsort(descending=True).tolist()
-            self.bars.value = "".join(bar(chosen[i], shares[i].item()) for i in order)
-            dropped = len(lines) - len(chosen)
-            self._say(f"{dropped} sentences were too many and left out." if dropped else "")
+            shown = [line[:MAX_QUESTION] for line in chosen]
+            self.bars.value = "".join(bar(shown[i], shares[i].item()) for i in order)
+            said = [str(w.message) for w in warned if issubclass(w.category, CutText)]
+            if dropped := len(lines) - len(chosen):
+                said.append(f"{dropped} sentences were too many and left out.")
+            self._say(" ".join(said))
 
         self._start("Comparing", work, self._photo_number)
 

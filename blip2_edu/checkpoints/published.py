@@ -59,9 +59,19 @@ def loading(name: str | Path, kind: str) -> Generator[None]:
 def load_whole(network_class: Any, folder: Path):
     """A network of transformers, or WeightsError: it would fill missing tensors with noise.
 
-    Only a pooler may be missing; nothing here uses one.
+    Only a pooler may be missing; nothing here uses one. What has another shape than config.json
+    says is named; transformers would only point to a report that it logs.
     """
-    network, found = network_class.from_pretrained(folder, output_loading_info=True)
+    network, found = network_class.from_pretrained(
+        folder, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    if other := sorted(found["mismatched_keys"]):
+        name, stored, wanted = other[0]
+        more = f" (and {len(other) - 1} more tensors do not fit)" if len(other) > 1 else ""
+        raise WeightsError(
+            f"{folder} holds {name} of size {tuple(stored)} where its config.json asks for "
+            f"{tuple(wanted)}{more}: save model and configuration together."
+        )
     missing = sorted(name for name in found["missing_keys"] if "pooler" not in name)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -378,11 +378,18 @@ def test_a_joined_batch_has_images_of_each_source_in_proportion():
     batches = [joined.batch(step, 0, 1) for step in range(10)]
     for step, batch in enumerate(batches):
         parts = [part.batch(step, 0, 1) for part in joined.sources]
-        assert batch.texts == parts[0].texts + parts[1].texts
-        assert torch.equal(batch.image_features[2:], parts[1].image_features)
+        ids = parts[0].image_ids.tolist() + (parts[1].image_ids + 20).tolist()
+        assert sorted(batch.image_ids.tolist()) == sorted(ids)
+        for image, text, features in zip(
+            batch.image_ids.tolist(), batch.texts, batch.image_features, strict=True
+        ):
+            place = ids.index(image)
+            own, place = (parts[0], place) if place < 2 else (parts[1], place - 2)
+            assert text == own.texts[place] and torch.equal(features, own.image_features[place])
     ids = torch.stack([batch.image_ids for batch in batches])
-    assert sorted(ids[:, :2].flatten().tolist()) == list(range(20))
-    assert (ids[:, 2:] >= 20).all() and (ids[:, 2:] < 30).all()
+    assert sorted(ids[ids < 20].tolist()) == list(range(20))
+    assert (ids >= 20).sum(dim=1).tolist() == [4] * 10
+    assert (ids[:, :3] < 20).any() and (ids[:, :3] >= 20).any()  # the first few are of all sources
 
 
 def test_joined_questions_stay_with_their_answers():
@@ -391,7 +398,18 @@ def test_joined_questions_stay_with_their_answers():
     asked = Source(examples, tiny.random_features(4), 1, ask=True)
     batch = join([asked, asked], [1, 1], batch_size=4).batch(0, 0, 1)
     assert [f"who is {text}?" for text in batch.texts] == batch.questions
-    assert batch.image_ids.tolist()[2:] == [int(text) + 4 for text in batch.texts[2:]]
+    assert [image % 4 for image in batch.image_ids.tolist()] == [int(x) for x in batch.texts]
+    assert sum(image >= 4 for image in batch.image_ids.tolist()) == 2
+
+
+def test_joined_captions_stay_image_by_image():
+    sources = [source(8, 1, texts_per_image=2), source(6, 1, seed=1, texts_per_image=2)]
+    batch = join(sources, [1, 1], batch_size=7).batch(3, 0, 1)
+    for i, image in enumerate(batch.image_ids.tolist()):
+        which, row = (0, image) if image < 8 else (1, image - 8)
+        assert sorted(batch.texts[2 * i : 2 * i + 2]) == sorted(
+            sources[which].examples.captions[row]
+        )
 
 
 @pytest.mark.parametrize("counts", [(1000, 3, 2), (5, 5, 5), (7, 900, 1)])

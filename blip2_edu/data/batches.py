@@ -87,7 +87,8 @@ class Joined:
     """Several sources that are as one: every batch has images of each, in fixed numbers.
 
     A source goes through its own images at the pace of its batch size. So images of all are one
-    another's negatives, and a source can be seen more often than another, see `join`.
+    another's negatives, and a source can be seen more often than another, see `join`. They stand
+    in a batch in any order: ITM and ITG may take the first few alone, which must be of all sources.
     """
 
     sources: list[Source]
@@ -109,11 +110,16 @@ class Joined:
     def batch(self, step: int, rank: int, processes: int) -> Batch:
         parts = [source.batch(step, rank, processes) for source in self.sources]
         offsets = np.cumsum([0] + [len(source.examples) for source in self.sources[:-1]])
+        ids = [part.image_ids + first for part, first in zip(parts, offsets, strict=True)]
+        order = np.random.default_rng([step, rank]).permutation(self.batch_size)
+        texts = [text for part in parts for text in part.texts]
+        each = len(texts) // self.batch_size  # image by image
+        questions = [question for part in parts for question in part.questions or []]
         return Batch(
-            torch.cat([part.image_features for part in parts]),
-            torch.cat([part.image_ids + first for part, first in zip(parts, offsets, strict=True)]),
-            [text for part in parts for text in part.texts],
-            [q for part in parts for q in part.questions or []] if parts[0].questions else None,
+            torch.cat([part.image_features for part in parts])[order],
+            torch.cat(ids)[order],
+            [text for i in order for text in texts[i * each : (i + 1) * each]],
+            [questions[i] for i in order] if questions else None,
         )
 
 

@@ -57,7 +57,7 @@ def check_look(look: Reader) -> str:
 @exercise
 def check_compression(compression: Callable[[int, int, int, int], float]) -> str:
     """compression(num_features, feature_width, num_queries, query_width) -> a factor."""
-    sizes = [(257, 1024, 32, 768), (49, 1280, 16, 384), (100, 30, 7, 50)]
+    sizes = [(257, 1024, 32, 768), (81, 1280, 32, 384), (100, 30, 7, 50)]
     for num_features, feature_width, num_queries, query_width in sizes:
         factor = compression(num_features, feature_width, num_queries, query_width)
         right = num_features * feature_width / (num_queries * query_width)

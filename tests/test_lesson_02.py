@@ -24,19 +24,19 @@ def encoder() -> ImageEncoder:
 
 @pytest.fixture(scope="module")
 def pixels() -> torch.Tensor:
-    return torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return torch.rand(2, 3, 288, 288, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def test_the_stages_end_in_the_encoders_features(lesson, encoder, pixels):
     maps = lesson["stages"](encoder.network, pixels)
-    assert list(maps) == ["stem", *(f"block {i}" for i in range(16)), "head"]
+    assert list(maps) == ["stem", *(f"block {i}" for i in range(21)), "head"]
     assert torch.equal(maps["head"].flatten(2).mT, encoder(pixels))
 
 
 def test_the_last_stages_go_on_where_the_others_end(lesson, encoder, pixels):
-    last = lesson["LastStages"](encoder.network, 11).eval()
-    maps = lesson["below"](encoder.network, 11, pixels)
-    assert torch.equal(maps, lesson["stages"](encoder.network, pixels)["block 10"])
+    last = lesson["LastStages"](encoder.network, 15).eval()
+    maps = lesson["below"](encoder.network, 15, pixels)
+    assert torch.equal(maps, lesson["stages"](encoder.network, pixels)["block 14"])
     expected = encoder(pixels).mean(dim=1)
     torch.testing.assert_close(last(maps), expected, atol=1e-4, rtol=1e-4)
     assert all(p.requires_grad for p in last.parameters())

@@ -194,7 +194,8 @@ def test_judging(small):
 @pytest.fixture(scope="module")
 def unseen() -> tuple[torch.Tensor, torch.Tensor]:
     """Scenes that neither the training nor the lesson has: features, and captions as they are."""
-    scenes, encoder = LESSON["pair_scenes"](40, first_seed=2_000_000), load_image_encoder()
+    scenes = LESSON["pair_scenes"](40, first_seed=2_000_000)
+    encoder = load_image_encoder("efficientnet-lite0")
     texts = LESSON["all_texts"]([swapped_captions(scene) for scene in scenes])
     return encoder(encoder.preprocess([scene.image for scene in scenes])), texts[:, 0]
 

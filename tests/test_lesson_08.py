@@ -57,12 +57,12 @@ def in_lesson(lesson: dict, name: str):
 
 def test_the_step_by_hand_is_a_step_of_fit(lesson, tmp_path):
     source = Source(tiny.captioned(20), tiny.random_features(20), batch_size=4)
-    held_out = (tiny.captioned(6, seed=1), tiny.random_features(6, seed=1))
+    held_out = [(tiny.captioned(6, seed=1), tiny.random_features(6, seed=1))]
     settings = {"epochs": 2, "learning_rate_new": 1e-3, "warmup": 0.2}
-    settings |= {"itm_pairs": 32, "hard_negatives": False}  # as the lesson has it
+    settings |= {"itm_pairs": 32, "random_negatives": 1000}  # as the lesson has it
     config = Stage1Training(tmp_path / "run", **settings)
     by_package = tiny.stage1(words=lesson["tokenizer"])
-    train_stage1(by_package, source, held_out, config)
+    train_stage1(by_package, source, [held_out], config)
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     recorded = [line for line in lines if line["kind"] == "train"]
 

@@ -57,7 +57,7 @@ def in_lesson(lesson: dict, name: str):
 
 def test_the_step_by_hand_is_a_step_of_fit(lesson, tmp_path):
     source = Source(tiny.captioned(20), tiny.random_features(20), batch_size=4)
-    held_out = [(tiny.captioned(6, seed=1), tiny.random_features(6, seed=1))]
+    held_out = tiny.captioned(6, seed=1), tiny.random_features(6, seed=1)
     settings = {"epochs": 2, "learning_rate_new": 1e-3, "warmup": 0.2}
     settings |= {"itm_pairs": 32, "random_negatives": 1000}  # as the lesson has it
     config = Stage1Training(tmp_path / "run", **settings)

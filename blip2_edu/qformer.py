@@ -51,7 +51,7 @@ class QFormerConfig:
 
     @classmethod
     def mini(cls) -> "QFormerConfig":
-        """The shape of MiniLM-L6 over EfficientNet-Lite0; trains on a laptop's processor.
+        """The shape of MiniLM-L6 over an EfficientNet-Lite; trains on a laptop's processor.
 
         No dropout on attention weights, because the fused kernel is fast only without it.
         """

@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import small_models
@@ -13,7 +14,7 @@ from torch import nn
 from blip2_edu.blip2 import Blip2
 from blip2_edu.data.scenes import KINDS
 from blip2_edu.metrics import pointing_game
-from blip2_edu.seeing import match_relevance
+from blip2_edu.seeing import attention_maps, match_attention, match_relevance
 
 LESSON = definitions(NOTEBOOKS / "11_seeing_attention.ipynb")
 SOLVED = definitions(SOLUTIONS / "11_seeing_attention.ipynb")
@@ -62,9 +63,53 @@ def test_shuffling_keeps_the_numbers_and_the_frozen_models(model):
 
 
 def test_the_methods_give_a_map_for_every_image(model):
-    maps = LESSON["maps_of"](model, PHOTOS, TEXTS)
+    maps = LESSON["maps_of"](model, PHOTOS, model.encode_images(PHOTOS), TEXTS)
     assert all(some.shape == (2, 3, 3) and (some >= 0).all() for some in maps.values())
     assert (maps["maximum over queries"] >= maps["mean over queries"]).all()
+    packages = attention_maps(model, PHOTOS).mean(dim=(1, 2))
+    torch.testing.assert_close(maps["mean over queries"], packages)
+    packages = match_attention(model, PHOTOS, TEXTS)
+    torch.testing.assert_close(maps["gradient, matched text"], packages)
+
+
+def test_how_alike_maps_are():
+    apart = torch.eye(4).view(4, 2, 2)
+    assert LESSON["alike"](apart) == 0
+    assert LESSON["alike"](torch.stack([apart[0], 3 * apart[0]])) == pytest.approx(1)
+    assert LESSON["alike"](apart[[0, 0, 1]]) == pytest.approx(1 / 3)
+
+
+class Mosaic:
+    """An encoder whose feature is the mean colour of its patch, or of the patch beside it."""
+
+    image_size, grid = 288, (9, 9)
+
+    def __init__(self, right: int):
+        self.right = right
+
+    def preprocess(self, images: list[Image.Image]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(images)).float().permute(0, 3, 1, 2)
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        patches = nn.functional.avg_pool2d(pixels, 32).roll(self.right, dims=3)
+        return patches.flatten(2).mT
+
+
+@pytest.mark.parametrize("right", [0, 1])
+def test_the_pointers_error_is_measured(right):
+    torch.manual_seed(0)
+    error = LESSON["pointer_error"](Mosaic(right))
+    torch.testing.assert_close(error, torch.tensor([right, 0.0]), atol=0.1, rtol=0)
+
+
+def test_a_map_is_moved_by_the_error():
+    attention = torch.zeros(9, 9)
+    attention[4, 4] = 1
+    for error, row, column in ((0.5, 40, 40), (0.0, 45, 45)):
+        fine = LESSON["moved"](attention, torch.tensor([error, error]))
+        assert fine.shape == (90, 90) and (fine >= 0).all()
+        peak = (fine == fine.max()).nonzero().float().mean(dim=0)
+        torch.testing.assert_close(peak, torch.tensor([row, column]) - 0.5, atol=0.6, rtol=0)
 
 
 def test_rank_correlation():
@@ -95,6 +140,8 @@ def test_a_grown_box_is_hit_by_the_cells_that_touch_it():
             touches = x <= 28 and x + 10 >= 22 and y <= 52 and y + 10 >= 41
             assert hits[row, column] == touches
             assert touches == pointing_game(cells[7 * row + column], boxes, (70, 70))
+    slipped = LESSON["play"](cells, [boxes] * 49, torch.tensor([1.0, 2.0])).view(7, 7)
+    assert torch.equal(slipped[2:, 1:], hits[:-2, :-1])  # a column further right, two rows lower
 
 
 @pytest.mark.parametrize("misses, outcome", [(5, "clearly beats"), (55, "does not clearly beat")])

@@ -210,9 +210,8 @@ class Blip2(nn.Module):
     @torch.no_grad()
     def embed_text(self, texts: str | Sequence[str]) -> Tensor:
         """Unit vectors (T, P), one for each text. Warns of texts that are cut, with CutText."""
-        model, texts = self.retriever(), as_list(texts)
-        model.tokenizer.warn_if_cut(texts)
-        ids, mask = model.tokenizer(texts)
+        model = self.retriever()
+        ids, mask = model.tokenizer(as_list(texts), warn=True)
         return model.embed_text(ids.to(self.device), mask.to(self.device))
 
     @torch.no_grad()
@@ -222,8 +221,7 @@ class Blip2(nn.Module):
         Warns of texts that are cut, with CutText. Raises ImageError and WeightsError.
         """
         model, texts = self.retriever(), as_list(texts)
-        model.tokenizer.warn_if_cut(texts)
-        ids, mask = (x.to(self.device) for x in model.tokenizer(texts))
+        ids, mask = (x.to(self.device) for x in model.tokenizer(texts, warn=True))
         projected = model.project_image(self.encode_images(image))
         embedded = model.embed_queries(model.qformer(projected).queries)  # (1, Q, P)
         similarity = itc_similarity(embedded, model.embed_text(ids, mask))[0]  # (T,)

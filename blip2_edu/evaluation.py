@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from blip2_edu.attention import select
@@ -24,7 +23,7 @@ from blip2_edu.metrics import (
     retrieval_scores,
     vqa_accuracy,
 )
-from blip2_edu.objectives import itc_similarity
+from blip2_edu.objectives import itc_similarity, query_cosines
 from blip2_edu.stage1 import Blip2Stage1
 
 BAR = {"leave": False, "delay": 2}  # no bar for what takes less than two seconds
@@ -71,10 +70,7 @@ def retrieval(
 def query_cosine(model: Blip2Stage1, features: FeatureCache, images: int = 64) -> float:
     """Mean cosine between the outputs of different queries of an image: 1 if they are all alike."""
     rows = features.rows(range(min(images, len(features)))).to(model.temperature.device)
-    queries = normalize(model.qformer(model.project_image(rows)).queries.float(), dim=-1)
-    cosines = queries @ queries.transpose(1, 2)  # (I, Q, Q), one on the diagonal
-    count = queries.shape[1]
-    return ((cosines.sum((1, 2)) - count) / (count * (count - 1))).mean().item()
+    return query_cosines(model.qformer(model.project_image(rows)).queries).mean().item()
 
 
 @torch.no_grad()

@@ -272,9 +272,7 @@ def split_prefix(text: str, generator: torch.Generator | None = None) -> tuple[s
     return " ".join(words[:cut]), " ".join(words[cut:])
 
 
-def load_language_model(
-    name: str = "smollm2-135m", end_of_text: str | None = None
-) -> LanguageModel:
+def load_language_model(name: str = "smollm2-135m") -> LanguageModel:
     """The embedded SmolLM2-135M, or any transformers language model by folder or hub id.
 
     Of a published BLIP-2 it is the part that writes. Raises WeightsError if the weights cannot be
@@ -288,12 +286,13 @@ def load_language_model(
     )
 
     folder = unpack_smollm2() if name == "smollm2-135m" else checkpoint_folder(name)
+    end_of_text = None
     with loading(name, "language model"):
         config = AutoConfig.from_pretrained(folder)
         if config.model_type == "blip-2":
             whole = load_whole(Blip2ForConditionalGeneration, folder)
             network = whole.language_model
-            end_of_text = end_of_text or whole.generation_config.eos_token_id
+            end_of_text = whole.generation_config.eos_token_id
         else:
             auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
             network = load_whole(auto, folder)

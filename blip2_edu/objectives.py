@@ -120,16 +120,20 @@ def sample_hard_negatives(similarity: Tensor, same: Tensor) -> tuple[Tensor, Ten
     return rows, torch.multinomial(chances, 1)[:, 0]
 
 
+def query_cosines(queries: Tensor) -> Tensor:
+    """Cosines between the different queries of each image: (B, Q, D) -> (B, Q x (Q - 1))."""
+    unit = normalize(queries.float(), dim=-1)
+    different = ~torch.eye(unit.shape[1], dtype=torch.bool, device=unit.device)
+    return (unit @ unit.transpose(1, 2))[:, different]
+
+
 def query_overlap(queries: Tensor) -> Tensor:
     """Mean squared cosine between the different queries of an image, a scalar from 0 to 1.
 
     queries (B, Q, D). Not in the paper: in a short training the queries of an image become one and
     the same within twenty steps, unless this is part of the loss.
     """
-    unit = normalize(queries.float(), dim=-1)
-    cosines = unit @ unit.transpose(1, 2)  # (B, Q, Q), one on the diagonal
-    count = unit.shape[1]
-    return (cosines.square().sum((1, 2)) - count).mean() / (count * (count - 1))
+    return query_cosines(queries).square().mean()
 
 
 def itm_loss(logits: Tensor, labels: Tensor) -> Tensor:

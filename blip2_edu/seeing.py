@@ -38,9 +38,8 @@ def match_attention(
     Of the Q-Former that matches, over all its blocks. Warns of texts that are cut, with CutText.
     Raises ImageError, and WeightsError if the checkpoint has no such Q-Former.
     """
-    reader, texts = model.retriever(), list(texts)
-    reader.tokenizer.warn_if_cut(texts)
-    ids, mask = (x.to(model.device) for x in reader.tokenizer(texts))
+    reader = model.retriever()
+    ids, mask = (x.to(model.device) for x in reader.tokenizer(list(texts), warn=True))
     return _fold(model, match_relevance(reader, model.encode_images(images), ids, mask))
 
 

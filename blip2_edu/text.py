@@ -38,21 +38,20 @@ class Tokenizer:
         self.pieces.enable_truncation(max_tokens)
         self.pieces.enable_padding()
 
-    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Returns ids (B, T) and a mask (B, T), 1 on tokens and 0 on padding."""
+    def __call__(self, texts: list[str], warn: bool = False) -> tuple[Tensor, Tensor]:
+        """Returns ids (B, T) and a mask (B, T), 1 on tokens and 0 on padding.
+
+        warn  give a CutText if there are texts of which only the beginning is read
+        """
         encoded = self.pieces.encode_batch([clean(text) for text in texts])
+        if warn and (cut := sum(bool(e.overflowing) for e in encoded)):
+            read = f"only the first {self.max_tokens} tokens are read"
+            # Level 4 is where `Blip2.match`, within no_grad, was called.
+            warnings.warn(f"{cut} of {len(texts)} texts cut: {read}.", CutText, stacklevel=4)
         return (
             torch.tensor([e.ids for e in encoded]),
             torch.tensor([e.attention_mask for e in encoded]),
         )
-
-    def warn_if_cut(self, texts: list[str]) -> None:
-        """Give a CutText if there are texts of which only the beginning is read."""
-        encoded = self.pieces.encode_batch([clean(text) for text in texts])
-        if cut := sum(bool(e.overflowing) for e in encoded):
-            read = f"only the first {self.max_tokens} tokens are read"
-            # Level 4 is where `Blip2.match`, within no_grad, was called.
-            warnings.warn(f"{cut} of {len(texts)} texts cut: {read}.", CutText, stacklevel=4)
 
     def save(self, file: Path) -> None:
         save_json(json.loads(self.pieces.to_str()), file)

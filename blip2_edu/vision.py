@@ -26,8 +26,8 @@ from blip2_edu.errors import WeightsError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Pixels a side. Lite2 learned at 260; photographs that are not cropped want a little more, and at
-# 288 its strides come out even.
+# Pixels a side. Lite2 learned at 260; photographs that are not cropped want a little more. Its
+# padding stays that of 260, so at 288 its grid lies half a patch too far right and too low.
 EFFICIENTNET_SIZE = {"efficientnet-lite0": 224, "efficientnet-lite2": 288}
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

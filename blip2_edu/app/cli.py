@@ -16,7 +16,7 @@ import typer
 
 from blip2_edu import __version__
 from blip2_edu.app.options import SOURCE
-from blip2_edu.app.train import printable, read, same_file, say, train
+from blip2_edu.app.train import read, same_file, say, train
 from blip2_edu.checkpoints.embedded import INSTALL
 from blip2_edu.errors import UserError
 from blip2_edu.paths import IMAGES
@@ -45,10 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # an old Windows console cannot show every letter
             stream.reconfigure(errors="replace")
-    # Without the place in the code; assigned like this because ty takes functions for constants.
-    vars(warnings)["formatwarning"] = lambda warning, *_: f"{printable(str(warning))}\n"
     try:
-        code = app(arguments, prog_name="python -m blip2_edu", standalone_mode=False)
+        with warnings.catch_warnings():
+            # A line each, like errors; so assigned because ty takes functions for constants.
+            vars(warnings)["showwarning"] = lambda warning, *_: say(str(warning), to_stderr=True)
+            code = app(arguments, prog_name="python -m blip2_edu", standalone_mode=False)
     except typer.TyperException as error:
         place = getattr(error, "ctx", None)
         command = place.command_path if place else "python -m blip2_edu"
@@ -196,10 +197,7 @@ def match(
     from blip2_edu.images import open_image
 
     opened = open_image(image)
-    with warnings.catch_warnings(record=True, action="always") as warned:
-        scores = load_model(model).match(opened, texts)
-    for warning in warned:
-        say(str(warning.message), to_stderr=True)
+    scores = load_model(model).match(opened, texts)
     say("match  similarity  text")
     for i in scores.score.argsort(descending=True).tolist():
         say(f"{scores.probability[i]:>5.0%}  {scores.similarity[i]:>10.2f}  {texts[i]}")

@@ -26,12 +26,7 @@ train = typer.Typer(help="Train the Q-Former: stage 1, then stage 2.", rich_mark
 
 
 def say(text: str, to_stderr: bool = False) -> None:
-    """Print one line, see `printable`."""
-    typer.echo(printable(text), err=to_stderr)
-
-
-def printable(text: str) -> str:
-    """One line; what could move the cursor or turn letters around becomes a `?`.
+    """Print one line; what could move the cursor or turn letters around becomes a `?`.
 
     Names may hold both. Joiners and spaces of every width are letters of a name like others.
     """
@@ -39,7 +34,7 @@ def printable(text: str) -> str:
     for c in text:
         harmless = unicodedata.category(c) in ("Zs", "Cf") and c not in TURNING
         shown.append(c if c.isprintable() or harmless else " " if c.isspace() else "?")
-    return "".join(shown)
+    typer.echo("".join(shown), err=to_stderr)
 
 
 def same_file(path: Path, other: str | Path) -> bool:

@@ -133,7 +133,7 @@ def join(sources: list[Source], weights: Sequence[float], batch_size: int) -> Jo
         raise DataError(f"A batch of {batch_size} is too small for {len(sources)} sources.")
     if min(weights) <= 0:
         raise DataError("A source is given a weight above 0, or left out.")
-    wanted = np.array([len(s.usable) * w for s, w in zip(sources, weights, strict=True)])
+    wanted = np.array([s.images * w for s, w in zip(sources, weights, strict=True)])
     wanted = wanted * batch_size / wanted.sum()
     sizes = np.maximum(np.floor(wanted).astype(int), 1)
     while (missing := batch_size - sizes.sum()) != 0:
